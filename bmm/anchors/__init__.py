@@ -1,0 +1,26 @@
+"""Anchors: the merging methods BMM starts from, each usable by itself.
+
+    merged = bmm.anchors.merge("tsv", base, [expert_a, expert_b], scale=1.0)
+
+`ANCHORS` is the table of methods; `merge` and `merge_stream` run one of them over a model.
+"""
+
+from __future__ import annotations
+
+from .anchor import Anchor, Context, Knob, matrix_shape
+from .inputs import Progress
+from .registry import ANCHORS, get, resolve_knobs
+from .streaming import merge, merge_stream
+
+__all__ = [
+    "ANCHORS",
+    "Anchor",
+    "Context",
+    "Knob",
+    "Progress",
+    "get",
+    "matrix_shape",
+    "merge",
+    "merge_stream",
+    "resolve_knobs",
+]

@@ -1,0 +1,122 @@
+"""TIES: trim each task vector, elect a sign per coordinate, merge the entries that agree with it.
+
+Three things are decided over the whole model and found by `scan_ties` before any tensor is merged:
+
+    k          = max(1, round(density * number of parameters))
+    cut_t      = the k-th largest |entry| of task vector t, over all parameters
+    majority   = sign of (coordinates elected positive - coordinates elected negative)
+
+``cut_t`` is exact and takes memory for 65,536 counters a task, whatever the size of the model: the bit patterns of
+non-negative float32 numbers sort as the numbers do, so counting the upper 15 bits in one pass and the lower 16 bits of
+the bin that holds the k-th value in a second one is a two-digit radix selection. A third pass, when the cuts are known,
+finds the majority. Selecting exactly in a single pass would need memory for k entries of every expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError
+from .anchor import Context, TaskVectors
+
+LOW_BITS = 16
+HIGH_BINS = 1 << 15  # sign bit aside, a float32 has 31 bits
+LOW_BINS = 1 << LOW_BITS
+
+
+@dataclass(frozen=True)
+class TiesState:
+    """``cuts``: the smallest magnitude that survives trimming, one a task. ``majority``: +1, -1, or 0 for a draw."""
+
+    cuts: tuple[float, ...]
+    majority: int
+
+
+def scan_ties(stream: TaskVectors, knobs: Mapping[str, Any]) -> TiesState:
+    """The cuts for ``knobs["density"]`` and the majority sign of the model; see the head of this file.
+
+    Three passes over ``stream``, one where density is 1 and there is nothing to cut.
+    """
+    cuts = global_cuts(stream, knobs["density"]) if knobs["density"] < 1 else None
+    balance = 0
+    for _, taus in stream:
+        elected = elect(trim(taus, cuts) if cuts else taus)
+        balance += int(elected.sum(dtype=torch.int64))
+    return TiesState(cuts or (), (balance > 0) - (balance < 0))
+
+
+def global_cuts(stream: TaskVectors, density: float) -> tuple[float, ...]:
+    """The k-th largest magnitude of each task vector, k = max(1, round(density * parameters)), in two passes.
+
+    Magnitudes are ranked as float32, the precision task vectors have.
+    """
+    high = torch.zeros(0, HIGH_BINS, dtype=torch.int64)
+    for _, taus in stream:
+        patterns = _patterns(taus)  # (T, n)
+        if not len(high):
+            high = high.new_zeros(len(patterns), HIGH_BINS)
+        for t, pattern in enumerate(patterns):
+            high[t] += torch.bincount(pattern >> LOW_BITS, minlength=HIGH_BINS).cpu()
+    if not len(high):
+        raise MergeError("the base holds no floating-point tensor", "give a checkpoint with weights")
+    k = max(1, round(density * int(high[0].sum())))
+    bins, ranks = zip(*(_kth_bin(counts, k) for counts in high), strict=True)
+
+    low = torch.zeros(len(bins), LOW_BINS, dtype=torch.int64)
+    for _, taus in stream:
+        for t, pattern in enumerate(_patterns(taus)):
+            inside = pattern[(pattern >> LOW_BITS) == bins[t]]
+            low[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS).cpu()
+    digits = [_kth_bin(counts, rank)[0] for counts, rank in zip(low, ranks, strict=True)]
+    cuts = torch.tensor([(b << LOW_BITS) | d for b, d in zip(bins, digits, strict=True)], dtype=torch.int32)
+    return tuple(cuts.view(torch.float32).tolist())
+
+
+def _patterns(taus: Tensor) -> Tensor:
+    """Magnitudes as integers that sort alike, (T, n)."""
+    return taus.reshape(len(taus), -1).abs().to(torch.float32).view(torch.int32)
+
+
+def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest of the counted values, and that value's rank (from 1) within the bin."""
+    above = counts.flip(0).cumsum(0)  # values in the top 1, 2, ... bins
+    position = int(torch.searchsorted(above, k))
+    before = int(above[position - 1]) if position else 0
+    return len(counts) - 1 - position, k - before
+
+
+def trim(taus: Tensor, cuts: tuple[float, ...]) -> Tensor:
+    """Zero what is smaller than its task's cut. Entries equal to the cut all stay: no order decides between them."""
+    limits = torch.tensor(cuts, device=taus.device).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
+    return torch.where(taus.abs().to(torch.float32) >= limits, taus, torch.zeros_like(taus))
+
+
+def elect(taus: Tensor) -> Tensor:
+    """Sign of the sum over tasks, (*shape), 0 where they cancel.
+
+    Summed in float64, where float32 entries add exactly: near-cancellations do not depend on the order of experts.
+    """
+    return taus.sum(0, dtype=torch.float64).sign().to(torch.int8)
+
+
+def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mean", "sum"]) -> Tensor:
+    """Trim, elect, merge (arXiv 2306.01708): ``taus`` (T, *shape) -> (*shape).
+
+    ``reduce`` "mean" divides by the number of entries that agree, "sum" does not and wants a smaller scale. Coordinates
+    whose trimmed entries cancel take the majority sign of the model, and stay at the base where that is a draw.
+    One expert at density 1 gives that expert.
+    """
+    state: TiesState = context.state
+    kept = trim(taus, state.cuts) if density < 1 else taus  # (T, *shape)
+    elected = elect(kept)  # (*shape)
+    elected = torch.where(elected == 0, elected.new_full((), state.majority), elected)
+    agree = (kept.sign() == elected) & (kept != 0)  # (T, *shape)
+    total = torch.where(agree, kept, torch.zeros_like(kept)).sum(0, dtype=torch.float64)  # (*shape)
+    if reduce == "mean":
+        total = total / agree.sum(0).clamp_min(1)
+    return total.to(taus.dtype)

@@ -1,0 +1,220 @@
+"""What ``import bmm`` offers: thin functions over the parts.
+
+Every function takes a `Recipe`, or the recipe's keys as keyword arguments, or both (keywords win).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import ModelPool, open_checkpoint
+from .errors import RecipeError
+from .evaluation import Task
+from .grams import TaskGrams
+from .notation import StateDict
+from .recipe import Recipe
+from .records import Hyperparameters, Score, StudyResult
+from .report import merge_card
+from .run import ModelBuilder, Progress, Run, silent
+from .search.database import StudyDatabase
+from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
+
+
+def make_recipe(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **keys: Any) -> Recipe:
+    """A checked recipe from a `Recipe`, a mapping, a YAML file's path, or nothing, with ``keys`` on top."""
+    if isinstance(keys.get("experts"), list | tuple):
+        keys["experts"] = {Path(p).stem: str(p) for p in keys["experts"]}
+    if isinstance(recipe, str | Path):
+        return Recipe.load(recipe, **keys)
+    given = recipe.to_dict() if isinstance(recipe, Recipe) else dict(recipe or {})
+    return Recipe.from_dict(given | keys)
+
+
+def tune(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    resume: str | Path | None = None,
+    progress: Progress = silent,
+    on_trial: OnTrial | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **keys: Any,
+) -> StudyResult:
+    """Tune a merge: search (lam, rho) of every module group on validation data; write and return the best.
+
+    Args:
+        recipe: a `Recipe`, a mapping of its keys, or a YAML file; none and no ``base``: the embedded zoo.
+        tasks: `Task` objects (one an expert, by the same names), or FILE.py:FUNCTION.
+        model: a function that builds the ``nn.Module``, or FILE.py:FUNCTION.
+        resume: folder of a study to continue; its own recipe applies, only ``budget`` may be given anew.
+        on_trial: called with each finished trial and the best so far.
+        should_stop: asked before each trial; True ends the search and writes the best so far.
+        keys: recipe keys, e.g. ``anchor="tsv", budget=50``.
+
+    Raises:
+        RecipeError, CheckpointError, GramError, MergeError, StudyError: see `bmm.errors`.
+    """
+    if resume is not None:
+        path = study_file(resume)
+        with StudyDatabase.open(path, readonly=True) as database:
+            given = database.meta()["recipe"]
+        # The folder may have been moved since; where it is now is what counts.
+        keys = {k: v for k, v in keys.items() if v is not None} | {"out": str(path.parent)}
+        chosen = make_recipe(given, **keys)
+    else:
+        chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
+    return tune_recipe(
+        chosen,
+        tasks=None if isinstance(tasks, str) else tasks,
+        model=None if isinstance(model, str) else model,
+        resume=resume is not None,
+        progress=progress,
+        on_trial=on_trial,
+        should_stop=should_stop,
+    )
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    lam: float | Mapping[str, float] | None = None,
+    rho: float | Mapping[str, float] = 1.0,
+    study: str | Path | None = None,
+    trial: int | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    progress: Progress = silent,
+    **keys: Any,
+) -> StateDict | Path:
+    """One merge: plain (the anchor alone), BMM at given hyperparameters, or a trial of a study.
+
+    Args:
+        lam, rho: BMM with these hyperparameters, one number for all groups or one a group. Without ``lam`` and
+            ``study`` the anchor method itself is the merge, streamed tensor by tensor.
+        study, trial: merge as in this trial of a study (default: its best).
+        out: write a checkpoint there and return its path; otherwise return the tensors (float32).
+
+    Raises:
+        RecipeError, CheckpointError, GramError, MergeError, StudyError, WriteError: see `bmm.errors`.
+    """
+    point: Hyperparameters | None = None
+    if study is not None:
+        result = load_result(study)
+        rows = {t.number: t for t in result.trials}
+        if trial is not None and trial not in rows:
+            raise RecipeError(f"no trial {trial} in {study}", f"trials 0 to {max(rows)}")
+        point = (result.best if trial is None else rows[trial]).hyperparameters
+        recipe = {k: v for k, v in result.recipe.items() if k != "out"}
+    chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
+    if point is None and lam is None and out is not None:
+        return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
+    needs_tasks = chosen.grams != "datafree" or chosen.anchor == "regmean"
+    run = _open(chosen, tasks, model, progress, need_tasks=needs_tasks)
+    if point is None and lam is None:
+        return run.pool.with_ties(run.anchor())
+    prepared = run.prepare()
+    point = point or Hyperparameters(_spread(lam, prepared.groups, "lam"), _spread(rho, prepared.groups, "rho"))
+    tensors = prepared.merge(point)
+    if out is None:
+        return run.pool.with_ties(tensors)
+    extra = f"lam {point.to_json()['lam']}, rho {point.to_json()['rho']}"
+    card = merge_card(f"anchor `{chosen.anchor}`, {extra}", chosen.to_dict(), chosen.to_yaml(), "bmm merge")
+    return write_model(run, tensors, Path(out), card, overwrite=overwrite)
+
+
+def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
+    """The anchor method alone, from disk to disk with one module in memory at a time."""
+    needs = not recipe.anchor.startswith("path:") and recipe.anchor == "regmean"
+    run = _open(recipe, tasks, model, progress, need_tasks=needs)
+    total = len(run.pool.names)
+    card = merge_card(
+        f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),
+        recipe.to_dict(),
+        recipe.to_yaml(),
+        f"bmm merge --recipe bmm_recipe.yaml --out {out.name}",
+    )
+    if recipe.anchor.startswith("path:"):
+        return write_model(run, run.anchor(), out, card, overwrite=overwrite)
+
+    def counted() -> Any:
+        for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs)):
+            yield pair
+            progress("merge", done + 1, total, pair[0])
+
+    return write_model(run, counted(), out, card, overwrite=overwrite)
+
+
+def evaluate(
+    checkpoint: str | Path | Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    split: str = "test",
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    progress: Progress = silent,
+    **keys: Any,
+) -> list[Score]:
+    """Score a checkpoint (a path or tensors by name) on every task of the recipe.
+
+    Raises:
+        RecipeError: tasks without data for ``split``; CheckpointError: it does not fit the base.
+    """
+    if split not in ("validation", "test"):
+        raise RecipeError(f"no split {split!r}", "validation or test")
+    chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
+    run = _open(chosen, tasks, model, progress)
+    given = checkpoint if isinstance(checkpoint, Mapping) else open_checkpoint(checkpoint, skip=chosen.skip)
+    fitted = ModelPool(run.pool.base, [given], task_names=["checkpoint"])
+    fitted.check_finite()
+    scores = []
+    for done, task in enumerate(run.tasks):
+        scores += run.score(fitted.experts[0], split, [task])
+        progress("score", done + 1, len(run.tasks), task.name)
+    return scores
+
+
+def collect_grams(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    progress: Progress = silent,
+    **keys: Any,
+) -> dict[str, TaskGrams]:
+    """Activation Grams by task, collected or read from the cache."""
+    run = _open(make_recipe(recipe, **keys, **_targets(tasks, model)), tasks, model, progress)
+    return dict(zip(run.experts, run.collect_grams(), strict=True))
+
+
+def load_study(path: str | Path) -> StudyResult:
+    """The result of a tuning run from its folder; a running or interrupted study gives its trials so far."""
+    return load_result(path)
+
+
+def _open(recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True) -> Run:
+    return Run(
+        recipe,
+        tasks=None if isinstance(tasks, str) else tasks,
+        model=None if isinstance(model, str) else model,
+        progress=progress,
+        need_tasks=need_tasks,
+    )
+
+
+def _targets(tasks: Any, model: Any) -> dict[str, str]:
+    return {k: v for k, v in (("tasks", tasks), ("model", model)) if isinstance(v, str)}
+
+
+def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: str) -> dict[str, float]:
+    if isinstance(value, Mapping):
+        unknown = set(value) - set(groups)
+        if unknown or set(groups) - set(value):
+            raise RecipeError(f"{key} by group must name exactly the groups {', '.join(groups)}", f"got {dict(value)}")
+        return {g: float(value[g]) for g in groups}
+    assert value is not None
+    return {g: float(value) for g in groups}

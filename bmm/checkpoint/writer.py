@@ -1,0 +1,240 @@
+"""Checkpoints out: streamed into safetensors shards, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import WriteError
+from .atomic import atomic_folder, destination, sync, writing
+from .formats import SUPPORTED, as_bytes, reason, some
+from .reader import Checkpoint
+from .tied import union
+
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+
+
+def write_checkpoint(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    like: Checkpoint | None = None,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    tied: Iterable[Iterable[str]] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write tensors as a Hugging Face folder and return its path.
+
+    Args:
+        folder: the folder to make. It is written beside its place and renamed there as the last step.
+        tensors: name and tensor, taken one after the other; no more than one shard of them is held in memory.
+        like: the checkpoint whose names, shapes, dtypes and side files (config, tokenizer, ...) the result takes. Every
+            name of it must be given; further names are written too.
+        dtypes: one dtype for all floating tensors, or dtypes by name; ``like``'s, else the tensor's own, for the rest.
+            Where the floating tensors all get one dtype, config.json is made to say so.
+        tied: groups of names that are one parameter, in addition to ``like.tied``. One name of a group is enough; the
+            weight is stored under those names of its group that ``like`` stores (all of them without ``like``), so
+            what a model stored once stays stored once.
+        max_shard_bytes: one ``model.safetensors`` up to this size, else numbered shards and an index.
+        extra_files: further files (a model card, a recipe) by name; they replace side files of the same name.
+        overwrite: replace an existing folder of model files, at the end, when the new one is complete.
+
+    Raises `WriteError`, and leaves nothing behind, where the folder is taken or cannot be written, a value does not fit
+    its dtype (float16 ends at 65504), is NaN or Inf, or names are missing or given twice. Errors of the ``tensors``
+    iterable pass through, and leave nothing behind either.
+    """
+    extras = dict(extra_files or {})
+    _check_extras(extras)
+    if max_shard_bytes <= 0:
+        raise WriteError(f"max_shard_bytes is {max_shard_bytes}", "give a positive number of bytes")
+    if isinstance(dtypes, torch.dtype) and (not dtypes.is_floating_point or dtypes not in SUPPORTED.values()):
+        raise WriteError(f"{dtypes} is no dtype for weights", "use float32, float16, bfloat16 or float64")
+    target = destination(folder, overwrite, (like.path,) if like is not None else ())
+    ties = {n: group for group in union([*tied, *(like.tied if like is not None else ())]) for n in group}
+    with atomic_folder(target, overwrite) as temporary:
+        shards = _Shards(temporary, target, max_shard_bytes)
+        for name, tensor in _named(tensors):
+            _check_shape(name, tensor, like)
+            cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes))
+            shards.add(name, cast, ties.get(name, ()), _stored_names(name, ties.get(name, ()), like))
+        missing = [name for name in like.names if name not in shards] if like is not None else []
+        if missing:
+            raise WriteError(f"{len(missing)} tensors of {like} were not given: {some(missing)}", "give every tensor")
+        shards.finish()
+        if like is not None:
+            with writing(target):
+                _copy_side_files(like, temporary, shards.floating_dtypes)
+        with writing(target):
+            for file_name, content in extras.items():
+                _write(temporary / file_name, content.encode() if isinstance(content, str) else content)
+    return target
+
+
+class _Shards:
+    """Collects tensors until a shard is full, then writes it; names the files when their number is known."""
+
+    def __init__(self, temporary: Path, target: Path, max_bytes: int) -> None:
+        self.temporary = temporary
+        self.target = target
+        self.max_bytes = max_bytes
+        self.floating_dtypes: set[torch.dtype] = set()
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shard_of: dict[str, int] = {}
+        self._shards = 0
+        self._given: set[str] = set()
+        self._first: dict[tuple[str, ...], tuple[str, bytes]] = {}  # tied group -> the first name given, its digest
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of or name in self._pending
+
+    def add(self, name: str, tensor: Tensor, group: tuple[str, ...], stored_names: tuple[str, ...]) -> None:
+        """Store a tensor under all of ``stored_names``, or find it equal to the one already given for its ``group``."""
+        if name in self._given:
+            raise WriteError(f"tensor {name!r} was given twice", "give every tensor once")
+        self._given.add(name)
+        if group:
+            digest = hashlib.sha256(as_bytes(tensor)).digest()
+            first, expected = self._first.setdefault(group, (name, digest))
+            if digest != expected:
+                raise WriteError(f"{first!r} and {name!r} are tied but differ", "give one of them, or untie them")
+            if first != name:
+                return
+        for number, stored in enumerate(stored_names):
+            self._store(stored, tensor.clone() if number else tensor)
+
+    def finish(self) -> None:
+        """Write what is pending and give the files their final names."""
+        self._flush()
+        if not self._shards:
+            raise WriteError(f"{self.target}: no tensors to write", "")
+        final = [
+            "model.safetensors" if self._shards == 1 else f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
+            for number in range(self._shards)
+        ]
+        with writing(self.target):
+            for number, file_name in enumerate(final):
+                self._path(number).rename(self.temporary / file_name)
+            if self._shards > 1:
+                weight_map = {name: final[number] for name, number in sorted(self._shard_of.items())}
+                index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+                _write(self.temporary / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.itemsize
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        if tensor.is_floating_point():
+            self.floating_dtypes.add(tensor.dtype)
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        path = self._path(self._shards)
+        with writing(self.target):
+            path.touch()  # the library's own file would be the owner's alone
+            mode = path.stat().st_mode
+            try:
+                save_file(self._pending, path, metadata={"format": "pt"})
+            except SafetensorError as error:  # the library wraps what the operating system said
+                raise WriteError(
+                    f"{self.target}: cannot be written ({reason(error)})", "check the space left and its rights"
+                ) from error
+            path.chmod(mode & 0o777)
+            sync(path)
+        self._shard_of |= dict.fromkeys(self._pending, self._shards)
+        self._shards += 1
+        self._pending, self._pending_bytes = {}, 0
+
+    def _path(self, number: int) -> Path:
+        return self.temporary / f"shard-{number:05d}.unfinished"
+
+
+def _named(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from tensors.items() if isinstance(tensors, Mapping) else tensors
+
+
+def _stored_names(name: str, group: tuple[str, ...], like: Checkpoint | None) -> tuple[str, ...]:
+    """The names under which a member of a tied group is stored."""
+    return tuple(member for member in group if like is None or member in like) or (name,)
+
+
+def _dtype(
+    name: str, tensor: Tensor, like: Checkpoint | None, dtypes: Mapping[str, torch.dtype] | torch.dtype | None
+) -> torch.dtype:
+    if isinstance(dtypes, torch.dtype) and tensor.is_floating_point():
+        return dtypes
+    if isinstance(dtypes, Mapping) and name in dtypes:
+        return dtypes[name]
+    return like.info(name).dtype if like is not None and name in like else tensor.dtype
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous CPU copy in ``dtype`` that nobody else holds; `WriteError` where values would be lost."""
+    if dtype not in SUPPORTED.values() or tensor.layout != torch.strided:
+        raise WriteError(f"tensor {name!r} cannot be stored as {dtype} ({tensor.layout})", "use dense float or integer")
+    if tensor.is_floating_point() != dtype.is_floating_point:
+        raise WriteError(f"tensor {name!r} is {tensor.dtype} and cannot become {dtype}", "keep buffers as they are")
+    source = tensor.detach().cpu()
+    cast = source.to(dtype, copy=True).contiguous()
+    if not dtype.is_floating_point:
+        if dtype != source.dtype and not torch.equal(cast.to(source.dtype), source):
+            raise WriteError(f"tensor {name!r} holds integers that {dtype} cannot hold", f"store it as {source.dtype}")
+        return cast
+    if not torch.isfinite(cast).all():
+        if torch.isfinite(source).all():
+            raise WriteError(
+                f"tensor {name!r} reaches {float(source.abs().max()):.4g}, more than {dtype} can hold",
+                "write it as bfloat16 or float32",
+            )
+        raise WriteError(f"tensor {name!r} holds NaN or Inf", "the merge failed: check its knobs and inputs")
+    return cast
+
+
+def _check_shape(name: str, tensor: Tensor, like: Checkpoint | None) -> None:
+    if like is not None and name in like and like.info(name).shape != tuple(tensor.shape):
+        raise WriteError(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, {like.path} has {like.info(name).shape}",
+            "the config would not fit: write it without `like`",
+        )
+
+
+def _check_extras(extras: Mapping[str, str | bytes]) -> None:
+    for name in extras:
+        if not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
+            raise WriteError(f"extra file {name!r} is no plain file name", "extra files lie in the folder itself")
+        if name.endswith((".safetensors", ".bin", ".index.json", ".incomplete", ".unfinished")):
+            raise WriteError(f"extra file {name!r} would look like weights", "give it another name")
+
+
+def _copy_side_files(like: Checkpoint, folder: Path, dtypes: set[torch.dtype]) -> None:
+    for source in like.side_files():
+        copy = folder / source.name
+        shutil.copyfile(source, copy)
+        sync(copy)
+    keys = [key for key in ("dtype", "torch_dtype") if key in like.config]
+    if len(dtypes) == 1 and keys:
+        stored = str(next(iter(dtypes))).removeprefix("torch.")
+        if any(like.config[key] != stored for key in keys):
+            config = dict(like.config) | dict.fromkeys(keys, stored)
+            _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync(path)

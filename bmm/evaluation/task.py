@@ -1,0 +1,154 @@
+"""What a task is: its inputs, how a model is run on them, and how one output is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+
+Split = Literal["validation", "test"]
+Inputs = Tensor | Mapping[str, Tensor]
+"""A batch: one tensor, or tensors by keyword as transformers models take them; the first axis is the input."""
+
+
+def run_model(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Default forward: ``model(inputs)`` or ``model(**inputs)``; of a transformers output the logits."""
+    out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return getattr(out, "logits", out)
+
+
+def top1(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 where the largest of ``outputs`` (n, classes) is at ``targets`` (n,), else 0."""
+    return (outputs.argmax(-1) == targets).float()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task the merged model has to do.
+
+    Args:
+        name: unique; matched with the experts' names where those are given.
+        validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches.
+        test: the same for the final report; scored once. May be None.
+        calibration: unlabelled inputs for data-driven Grams, held whole or a sequence of batches; may be None.
+            Take them from the training distribution and keep them apart from ``validation``.
+        forward: ``forward(model, inputs) -> outputs``; applies the task's own head where there is one.
+        score: ``score(outputs, targets)`` -> one score an input, higher is better.
+        batch_size: inputs a batch where data are held whole.
+    """
+
+    name: str
+    validation: Any
+    test: Any = None
+    calibration: Any = None
+    forward: Callable[[nn.Module, Any], Tensor] = run_model
+    score: Callable[[Tensor, Tensor], Tensor] = top1
+    batch_size: int = 512
+
+    def batches(self, split: Split) -> Iterator[tuple[Any, Tensor]]:
+        """The split's (inputs, targets), batch by batch. Raises `RecipeError` where it is missing or empty."""
+        data = getattr(self, split)
+        if data is None:
+            raise RecipeError(f"task {self.name!r} has no {split} data", f"give Task(..., {split}=(inputs, targets))")
+        count = 0
+        for inputs, targets in _labelled(data, self.batch_size, f"{split} data of task {self.name!r}"):
+            count += len(targets)
+            yield inputs, targets
+        if count == 0:
+            raise RecipeError(f"task {self.name!r} has empty {split} data", "give at least one input")
+
+    def calibration_batches(self, most: int | None = None, batch_size: int = 64) -> Iterator[Any]:
+        """Calibration inputs in batches, the first ``most`` of them. Raises `RecipeError` where there are none."""
+        if self.calibration is None:
+            raise RecipeError(
+                f"task {self.name!r} has no calibration inputs",
+                "give Task(..., calibration=inputs), or use data-free Grams (grams: datafree)",
+            )
+        left = most
+        for batch in _unlabelled(self.calibration, batch_size):
+            size = batch_length(batch)
+            if left is not None and size > left:
+                batch, size = _slice(batch, 0, left), left
+            if size == 0:
+                return
+            yield batch
+            if left is not None:
+                left -= size
+
+
+def batch_length(inputs: Any) -> int:
+    """Number of inputs in a batch."""
+    if isinstance(inputs, Mapping):
+        return len(next(iter(inputs.values())))
+    return len(inputs)
+
+
+def _slice(inputs: Any, start: int, stop: int) -> Any:
+    if isinstance(inputs, Mapping):
+        return {k: v[start:stop] for k, v in inputs.items()}
+    return inputs[start:stop]
+
+
+def _is_whole(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor | Mapping)
+
+
+def _labelled(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor]]:
+    if isinstance(data, tuple) and len(data) == 2 and _is_whole(data[0]):
+        inputs, targets = data
+        if batch_length(inputs) != len(targets):
+            raise RecipeError(
+                f"{what}: {batch_length(inputs)} inputs but {len(targets)} targets", "give one target an input"
+            )
+        for start in range(0, len(targets), size):
+            yield _slice(inputs, start, start + size), targets[start : start + size]
+        return
+    if isinstance(data, Iterator):
+        raise RecipeError(f"{what} is a one-time iterator", "give a list, a DataLoader or (inputs, targets)")
+    yield from data
+
+
+def _unlabelled(data: Any, size: int) -> Iterator[Any]:
+    if _is_whole(data):
+        for start in range(0, batch_length(data), size):
+            yield _slice(data, start, start + size)
+    else:
+        yield from data
+
+
+def to_device(inputs: Any, device: torch.device | str) -> Any:
+    """Move a batch, whatever its structure of tensors."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {k: to_device(v, device) for k, v in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(to_device(v, device) for v in inputs)
+    return inputs
+
+
+def check_tasks(tasks: Iterable[Task], experts: Sequence[str] | None = None) -> list[Task]:
+    """Refuse what cannot work before anything is computed: types, names, empty splits, tasks without expert."""
+    listed = list(tasks)
+    for task in listed:
+        if not isinstance(task, Task):
+            raise RecipeError(f"expected bmm.Task, got {type(task).__name__}", "return a list of bmm.Task")
+    names = [t.name for t in listed]
+    if not listed:
+        raise RecipeError("no tasks", "the tasks function must return at least one bmm.Task")
+    if len(set(names)) < len(names):
+        raise RecipeError(f"two tasks share a name: {', '.join(names)}", "give each task its own name")
+    if experts is not None and sorted(names) != sorted(experts):
+        raise RecipeError(
+            f"tasks {', '.join(names)} do not match experts {', '.join(experts)}",
+            "give one expert a task, by the same names (experts: {name: path})",
+        )
+    for task in listed:
+        for _ in task.batches("validation"):
+            break
+    return listed

@@ -1,0 +1,136 @@
+"""Grams on disk: a cache that is checked before it is believed.
+
+One safetensors file per fingerprint, written to the side and renamed into place, so that a killed run leaves nothing
+that looks like a cache. The header carries the code version, the fingerprint, a SHA-256 over all content, and the
+names. Whatever does not check out is reported in ``notices`` and treated as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import GramError, WriteError
+from .task_grams import TaskGrams
+
+CODE_VERSION = 1
+"""Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
+
+
+def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: dict[str, Any]) -> str:
+    """SHA-256 (hex) of all that decides a Gram: weights, calibration inputs in order, settings, code version.
+
+    ``settings`` must be JSON (`GramError` otherwise); the order of its keys does not matter.
+    """
+    try:
+        described = json.dumps([CODE_VERSION, weights_fingerprint, settings], sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise GramError(
+            f"settings of the Gram cache: {error}", "use numbers, strings, lists and dictionaries"
+        ) from error
+    digest = hashlib.sha256(described.encode())
+    for tensor in inputs:
+        _hash_tensor(digest, tensor)
+    return digest.hexdigest()
+
+
+class GramStore:
+    """The Gram cache in one folder; ``notices`` collects what was found stale or damaged, one line each."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.notices: list[str] = []
+
+    def path(self, fingerprint: str) -> Path:
+        """The file of a fingerprint. Raises `GramError` for anything but letters, digits, "-" and "_"."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", fingerprint):
+            raise GramError(f"bad Gram fingerprint {fingerprint!r}", "use bmm.grams.fingerprint")
+        return self.folder / f"{fingerprint}.safetensors"
+
+    def save(self, fingerprint: str, grams: TaskGrams) -> Path:
+        """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
+        path = self.path(fingerprint)
+        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name != "grams"})
+        tensors = {key: gram.detach().cpu().contiguous() for key, gram in grams.grams.items()}
+        metadata = {
+            "version": str(CODE_VERSION),
+            "fingerprint": fingerprint,
+            "sha256": _checksum(fingerprint, body, tensors),
+            "body": body,
+        }
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{fingerprint[:16]}-", suffix=".part", dir=self.folder)
+            os.close(handle)
+            save_file(tensors, temporary, metadata)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())  # the name must never outlive the content
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise WriteError(
+                f"cannot write Grams to {path}: {error}", "free some space or choose another folder"
+            ) from error
+        finally:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        return path
+
+    def load(self, fingerprint: str) -> TaskGrams | None:
+        """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``)."""
+        path = self.path(fingerprint)
+        if not path.exists():
+            return None
+        try:
+            return _read(path, fingerprint)
+        except _Untrusted as reason:
+            self.notices.append(f"Gram cache {path.name} is {reason}: rebuilding it")
+        except Exception as error:  # a damaged file may fail anywhere in the parsers; a cache must never stop a run
+            self.notices.append(f"Gram cache {path.name} is damaged ({type(error).__name__}): rebuilding it")
+        return None
+
+
+class _Untrusted(Exception):
+    """Why a readable file is not used."""
+
+
+def _read(path: Path, fingerprint: str) -> TaskGrams:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("version") != str(CODE_VERSION):
+            raise _Untrusted(f"stale (version {metadata.get('version')}, this is {CODE_VERSION})")
+        if metadata.get("fingerprint") != fingerprint:
+            raise _Untrusted("stale (of other weights, inputs or settings)")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    if metadata["sha256"] != _checksum(fingerprint, metadata["body"], tensors):
+        raise _Untrusted("damaged (checksum)")
+    return TaskGrams(grams=tensors, **json.loads(metadata["body"]))
+
+
+def _checksum(fingerprint: str, body: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([CODE_VERSION, fingerprint, body]).encode())
+    for key in sorted(tensors):
+        digest.update(json.dumps(key).encode())
+        _hash_tensor(digest, tensors[key])
+    return digest.hexdigest()
+
+
+def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
+    plain = tensor.detach().cpu().contiguous()
+    digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    # a byte view: NumPy has no bfloat16
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,50 @@
+"""What one expert's calibration inputs said about every module: the record that travels and is cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import GramError, did_you_mean
+
+Layout = Literal["linear", "conv1d", "conv2d"]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskGrams:
+    """Grams of one task, by key; modules that always read the same inputs share a key.
+
+    ``grams[key]``: (i, i), or (i + 1, i + 1) where ``has_bias[key]``, of ``count[key]`` inputs; a key is the weight
+    parameter's name of the first module that shares it. ``key_of``, ``layout`` and ``bias_of`` go by weight parameter
+    name; ``bias_of`` lists the biases that the homogeneous coordinate covers. ``layout``: "linear" weights are (o, i),
+    "conv1d" (transformers' Conv1D) transposed (i, o), "conv2d" (o, c, kh, kw) with a Gram over flattened patches.
+    ``skipped``: why a weight of two or more dimensions has no Gram.
+    """
+
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    key_of: dict[str, str] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+    has_bias: dict[str, bool] = field(default_factory=dict)
+    bias_of: dict[str, str] = field(default_factory=dict)
+    layout: dict[str, Layout] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def for_weight(self, name: str) -> Tensor:
+        """The Gram of a weight parameter. Raises `GramError` where it has none, saying why."""
+        if name in self.key_of:
+            return self.grams[self.key_of[name]]
+        if name in self.skipped:
+            raise GramError(f"{name} has no Gram: {self.skipped[name]}", "the module keeps the anchor")
+        raise GramError(f"no weight {name}", did_you_mean(name, self.key_of))
+
+    def to(self, dtype: torch.dtype) -> TaskGrams:
+        """The same record with Grams in ``dtype``: float32 halves the memory of float64."""
+        return replace(self, grams={k: g.to(dtype) for k, g in self.grams.items()})
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the Grams."""
+        return sum(g.numel() * g.element_size() for g in self.grams.values())

@@ -1,0 +1,207 @@
+"""The recipe: everything that defines a run, from YAML, from flags or from Python; checked before work starts."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import anchors
+from .errors import RecipeError, did_you_mean
+from .groups import SCHEMES
+
+GRAMS = ("data", "datafree", "hybrid")
+AUTOCASTS = ("none", "bfloat16", "float16")
+DTYPES = ("same", "float32", "bfloat16", "float16")
+NORMALISE = ("trace", "none")
+
+
+def _key(default: Any, help: str, **meta: Any) -> Any:
+    """A recipe key: its default, the text of its flag, and what values it takes."""
+    meta["help"] = help
+    if callable(default):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All keys of a run; the same names are keys of the YAML file and long flags of the command line."""
+
+    zoo: str = _key("", "An embedded zoo in place of base, experts, tasks and model: vit8, vit20 (needs its folder).")
+    base: str = _key("", "Base checkpoint: a Hugging Face folder or one .safetensors/.bin/.pt file.")
+    experts: dict[str, str] = _key(dict, "Expert checkpoints by task name: NAME=PATH.", mapping="str")
+    model: str = _key("transformers", "Builds the model: 'transformers' (from the base's config), or FILE.py:FUNCTION.")
+    tasks: str = _key("", "FILE.py:FUNCTION (or MODULE:FUNCTION) that returns a list of bmm.Task.")
+    skip: tuple[str, ...] = _key((), "Glob patterns of parameters to leave out of the merge (task heads).", many=True)
+    anchor: str = _key("tsv", "The prior: a method of `bmm anchors`, or path:FOLDER for a merge made elsewhere.")
+    knobs: dict[str, Any] = _key(dict, "The anchor's knobs: NAME=VALUE (see `bmm anchors NAME`).", mapping="number")
+    grams: str = _key("data", "Gram matrices: activations, task vectors, or a mix.", choices=GRAMS)
+    gamma: float = _key(0.5, "Share of the data-free Gram when grams is hybrid.", low=0.0, high=1.0)
+    calibration: int = _key(64, "Calibration inputs a task for data-driven Grams.", low=1)
+    normalise: str = _key("trace", "Scale every Gram to mean eigenvalue 1, or leave it.", choices=NORMALISE)
+    weights: dict[str, float] = _key(
+        dict, "Task weights in regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
+    )
+    groups: str = _key("role", "What shares one (lam, rho) pair.", choices=SCHEMES)
+    bands: int = _key(3, "Depth bands when groups is bands.", low=1)
+    group: dict[str, str] = _key(dict, "Override a module's group: PATTERN=GROUP.", mapping="str")
+    log10_lam: tuple[float, float] = _key((-4.0, 3.0), "Range of log10(lam), the prior's precision.", pair=True)
+    rho: tuple[float, float] = _key((0.5, 1.5), "Range of rho, the assembly scale.", pair=True)
+    budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
+    engine: str = _key("ax", "What proposes the next trial: ax (Bayesian optimisation) or sobol.")
+    seed: int = _key(0, "Seed of every random draw.", low=0)
+    out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
+    device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")
+    autocast: str = _key("none", "Mixed precision of evaluation.", choices=AUTOCASTS)
+    batch_size: int = _key(64, "Inputs a batch while Grams are collected.", low=1)
+    dtype: str = _key("same", "Storage type of the merged checkpoint; same as the base's by default.", choices=DTYPES)
+    shard_gib: float = _key(4.0, "Largest shard of the merged checkpoint, in GiB.", low=0.000001)
+    cache: str = _key("", "Folder for cached Grams (default: $BMM_CACHE, else ~/.cache/bmm).")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the ones that differ from the defaults first being written by `to_yaml`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """YAML of the keys that are set, in order."""
+        blank = Recipe().to_dict()
+        return yaml.safe_dump({k: v for k, v in self.to_dict().items() if v != blank[k]}, sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Build and check a recipe. Raises `RecipeError` for unknown keys and impossible values."""
+        known = {f.name: f for f in fields(cls)}
+        for key in raw:
+            if key not in known:
+                raise RecipeError(f"{where}: unknown key {key!r}", did_you_mean(str(key), known))
+        values = {key: _coerce(key, value, known[key].metadata, known[key].type, where) for key, value in raw.items()}
+        return cls(**values).checked(where)
+
+    @classmethod
+    def load(cls, path: Path | str, **overrides: Any) -> Recipe:
+        """Read a YAML recipe; relative paths in it are relative to the file; ``overrides`` win."""
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "check the path") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}", "see README, 'Recipes'") from error
+        if not isinstance(raw, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of keys to values", "see README, 'Recipes'")
+        recipe = cls.from_dict(raw, str(path))
+        return cls.from_dict(recipe.relative_to(path.parent).to_dict() | overrides, str(path))
+
+    def relative_to(self, folder: Path) -> Recipe:
+        """Resolve relative paths against ``folder``, where the recipe file lies."""
+
+        def resolve(text: str) -> str:
+            return text if not text or Path(text).is_absolute() else str((folder / text).resolve())
+
+        def target(text: str) -> str:
+            name, _, function = text.partition(":")
+            return f"{resolve(name)}:{function}" if name.endswith(".py") else text
+
+        anchor = self.anchor
+        if anchor.startswith("path:"):
+            anchor = "path:" + resolve(anchor.removeprefix("path:"))
+        return replace(
+            self,
+            base=resolve(self.base),
+            experts={k: resolve(v) for k, v in self.experts.items()},
+            tasks=target(self.tasks),
+            model=target(self.model),
+            anchor=anchor,
+        )
+
+    def checked(self, where: str = "recipe") -> Recipe:
+        """This recipe if it can run; raises `RecipeError` otherwise."""
+        for low, high, key in ((*self.log10_lam, "log10_lam"), (*self.rho, "rho")):
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise RecipeError(f"{where}: {key} range {low}..{high} is empty", "give low < high")
+        if self.zoo and (self.base or self.experts or self.tasks):
+            raise RecipeError(f"{where}: zoo and base/experts/tasks exclude each other", "drop one of the two")
+        if not self.anchor.startswith("path:"):
+            anchors.resolve_knobs(anchors.get(self.anchor), self.knobs)
+        elif self.knobs:
+            raise RecipeError(f"{where}: an anchor read from a path takes no knobs", "drop knobs")
+        for name, weight in self.weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite and >= 0")
+        return self
+
+
+def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str) -> Any:
+    """Bring a YAML value to a key's type, or say what the type is."""
+    kind = str(kind)
+    try:
+        if meta.get("mapping"):
+            if not isinstance(value, Mapping):
+                raise TypeError("a mapping")
+            converters: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "number": lambda v: v}
+            convert = converters[meta["mapping"]]
+            return {str(k): convert(v) for k, v in value.items()}
+        if meta.get("pair"):
+            low, high = value
+            return (float(low), float(high))
+        if meta.get("many"):
+            if isinstance(value, str):
+                raise TypeError("a list")
+            return tuple(str(v) for v in value)
+        if kind == "int":
+            if isinstance(value, bool) or int(value) != value:
+                raise TypeError("a whole number")
+            value = int(value)
+        elif kind == "float":
+            value = float(value)
+        elif not isinstance(value, str):
+            raise TypeError("text")
+    except (TypeError, ValueError) as error:
+        what = "two numbers, low and high" if meta.get("pair") else str(error)
+        raise RecipeError(f"{where}: {key} = {value!r} does not fit: {what} expected", meta["help"]) from error
+    if "choices" in meta and value not in meta["choices"]:
+        raise RecipeError(f"{where}: no {key} {value!r}", did_you_mean(value, meta["choices"]))
+    low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
+    if isinstance(value, int | float) and not low <= value <= high:
+        limit = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise RecipeError(f"{where}: {key} is {value}, must be {limit}", meta["help"])
+    return value
+
+
+def load_function(target: str, key: str) -> Callable[..., Any]:
+    """The function that FILE.py:NAME or MODULE:NAME points to. Raises `RecipeError` naming what is missing."""
+    place, _, name = target.rpartition(":")
+    if not place or not name:
+        raise RecipeError(f"{key}: {target!r} names no function", "write FILE.py:FUNCTION or MODULE:FUNCTION")
+    try:
+        if place.endswith(".py"):
+            path = Path(place)
+            if not path.is_file():
+                raise RecipeError(f"{key}: no file {place}", "paths in a recipe are relative to the recipe's folder")
+            spec = importlib.util.spec_from_file_location(f"_bmm_user_{path.stem}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{key}: {place} cannot be imported: {type(error).__name__}: {error}", "run it alone with python to see why"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        raise RecipeError(f"{key}: {place} has no function {name!r}", did_you_mean(name, functions or ["(none)"]))
+    return found

@@ -1,0 +1,133 @@
+"""Plain records that travel between the parts of a run and into its files; all of them round-trip through JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+TrialStatus = Literal["pending", "completed", "failed"]
+TrialKind = Literal["anchor", "default", "search"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of one model on one task: ``value`` over ``n`` inputs (an accuracy, unless the task says otherwise)."""
+
+    task: str
+    value: float
+    n: int
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial standard error ``sqrt(p (1 - p) / n)``; NaN where the value is no proportion."""
+        if self.n <= 0 or not 0 <= self.value <= 1:
+            return math.nan
+        return math.sqrt(self.value * (1 - self.value) / self.n)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """One point of the search: ``lam`` and ``rho`` for every module group.
+
+    ``lam`` may be ``inf``, which means the anchor itself. JSON has no infinity: it is written as the string "inf".
+    """
+
+    lam: dict[str, float]
+    rho: dict[str, float]
+
+    @classmethod
+    def uniform(cls, groups: list[str], lam: float, rho: float = 1.0) -> Hyperparameters:
+        return cls(dict.fromkeys(groups, lam), dict.fromkeys(groups, rho))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lam": {g: _number_out(v) for g, v in self.lam.items()}, "rho": dict(self.rho)}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Hyperparameters:
+        return cls({g: float(v) for g, v in raw["lam"].items()}, {g: float(v) for g, v in raw["rho"].items()})
+
+
+def _number_out(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a study.
+
+    ``scores`` are raw validation scores by task (higher is better), ``objective`` their normalised mean
+    (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's.
+    """
+
+    number: int
+    kind: TrialKind
+    status: TrialStatus
+    hyperparameters: Hyperparameters
+    scores: dict[str, float] = field(default_factory=dict)
+    objective: float | None = None
+    suggest_seconds: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"hyperparameters": self.hyperparameters.to_json()}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Trial:
+        return cls(**(raw | {"hyperparameters": Hyperparameters.from_json(raw["hyperparameters"])}))
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a tuning run found.
+
+    ``validation`` and ``test`` give `Score` lists by model name: "anchor", "default", "best", "base" and, for the
+    experts, "experts" (each task scored by its own expert). ``test`` is empty where no test data were given.
+    ``paths`` names the files written: "study", "checkpoint", "card", "report".
+    """
+
+    best: Trial
+    trials: list[Trial]
+    validation: dict[str, list[Score]]
+    test: dict[str, list[Score]]
+    paths: dict[str, str]
+    recipe: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return self.best.hyperparameters
+
+    def mean(self, model: str, split: Literal["validation", "test"] = "test") -> float:
+        """Mean raw score over the tasks."""
+        scores = getattr(self, split)[model]
+        return sum(s.value for s in scores) / len(scores)
+
+    def gap_closed(self, split: Literal["validation", "test"] = "test") -> float:
+        """(best - anchor) / (experts - anchor) of the mean scores; NaN where the experts do not beat the anchor."""
+        anchor, experts = self.mean("anchor", split), self.mean("experts", split)
+        return (self.mean("best", split) - anchor) / (experts - anchor) if experts > anchor else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "best": self.best.to_json(),
+            "trials": [t.to_json() for t in self.trials],
+            "validation": {k: [asdict(s) for s in v] for k, v in self.validation.items()},
+            "test": {k: [asdict(s) for s in v] for k, v in self.test.items()},
+            "paths": dict(self.paths),
+            "recipe": dict(self.recipe),
+            "seconds": dict(self.seconds),
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> StudyResult:
+        return cls(
+            best=Trial.from_json(raw["best"]),
+            trials=[Trial.from_json(t) for t in raw["trials"]],
+            validation={k: [Score(**s) for s in v] for k, v in raw["validation"].items()},
+            test={k: [Score(**s) for s in v] for k, v in raw["test"].items()},
+            paths=raw["paths"],
+            recipe=raw["recipe"],
+            seconds=raw.get("seconds", {}),
+        )

@@ -1,0 +1,131 @@
+"""Results as Markdown tables and JSON-ready rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..records import Hyperparameters, Score, StudyResult, Trial
+
+MODELS = ("base", "anchor", "default", "best", "experts")
+
+
+def mean_and_error(scores: Sequence[Score]) -> tuple[float, float]:
+    """Mean over tasks and its standard error, the tasks' sampling errors taken as independent."""
+    mean = sum(s.value for s in scores) / len(scores)
+    return mean, math.sqrt(sum(s.standard_error**2 for s in scores)) / len(scores)
+
+
+def percent(value: float, error: float | None = None) -> str:
+    """'61.5' or '61.5 ± 1.2'."""
+    if math.isnan(value):
+        return "-"
+    text = f"{100 * value:.1f}"
+    return text if error is None or math.isnan(error) else f"{text} ± {100 * error:.1f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned; padded to read as plain text."""
+    widths = [max(len(str(r[c])) for r in [header, *rows]) for c in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            str(c).ljust(w) if n == 0 else str(c).rjust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(("-" * (w + 2)) if n == 0 else ("-" * (w + 1) + ":") for n, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def score_table(models: Mapping[str, Sequence[Score]]) -> str:
+    """One row a task and one column a model, in percent; the mean carries its standard error."""
+    shown = [m for m in MODELS if models.get(m)] + [m for m in models if m not in MODELS]
+    tasks = [s.task for s in models[shown[0]]]
+    rows = []
+    for number, task in enumerate(tasks):
+        n = models[shown[0]][number].n
+        rows.append([task, str(n), *[percent(models[m][number].value) for m in shown]])
+    means = [percent(*mean_and_error(models[m])) for m in shown]
+    return markdown(["task", "n", *shown], [*rows, ["mean", "", *means]])
+
+
+def hyperparameter_table(best: Hyperparameters) -> str:
+    """lam and rho by module group."""
+    rows = [[g, f"{best.lam[g]:.4g}", f"{best.rho[g]:.3f}"] for g in best.lam]
+    return markdown(["group", "lam", "rho"], rows)
+
+
+def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Trials as flat rows with the best objective so far."""
+    best, rows = -math.inf, []
+    for t in trials:
+        if t.objective is not None:
+            best = max(best, t.objective)
+        rows.append(
+            {
+                "trial": t.number,
+                "kind": t.kind,
+                "status": t.status,
+                "objective": t.objective,
+                "best": best if math.isfinite(best) else None,
+                "seconds": round(t.seconds, 3),
+                "suggest_seconds": round(t.suggest_seconds, 3),
+                "error": t.error,
+            }
+        )
+    return rows
+
+
+def trial_table(trials: Sequence[Trial]) -> str:
+    """All trials: kind, status, objective, best so far, seconds."""
+    rows = [
+        [
+            str(r["trial"]),
+            r["kind"],
+            r["status"],
+            "-" if r["objective"] is None else f"{r['objective']:.4f}",
+            "-" if r["best"] is None else f"{r['best']:.4f}",
+            f"{r['suggest_seconds']:.2f}",
+            f"{r['seconds']:.2f}",
+        ]
+        for r in trial_rows(trials)
+    ]
+    return markdown(["trial", "kind", "status", "objective", "best", "suggest s", "evaluate s"], rows)
+
+
+def gap_line(result: StudyResult, split: Literal["validation", "test"]) -> str:
+    """The share of the gap between anchor and experts that the tuned merge closes, with its standard error."""
+    share = result.gap_closed(split)
+    if math.isnan(share):
+        return f"gap closed on {split}: not defined (the experts do not beat the anchor)"
+    scores = getattr(result, split)
+    gap = result.mean("experts", split) - result.mean("anchor", split)
+    # Difference of two accuracies on the same inputs: treating them as independent overstates the error.
+    errors = [mean_and_error(scores[m])[1] for m in ("best", "anchor")]
+    return f"gap closed on {split}: {100 * share:.1f} % ± {100 * math.hypot(*errors) / gap:.1f} of anchor to experts"
+
+
+def text_report(result: StudyResult) -> str:
+    """Everything a user wants to read after a run, as plain Markdown."""
+    split: Literal["validation", "test"] = "test" if result.test else "validation"
+    done = [t for t in result.trials if t.status == "completed"]
+    failed = [t for t in result.trials if t.status == "failed"]
+    parts = [
+        f"## {split.capitalize()} accuracy (%)",
+        score_table(getattr(result, split)),
+        gap_line(result, split),
+        "## Best trial",
+        f"trial {result.best.number} ({result.best.kind}) of {len(done)} completed"
+        + (f", {len(failed)} failed" if failed else "")
+        + f"; validation objective {result.best.objective:.4f}",
+        hyperparameter_table(result.hyperparameters),
+    ]
+    if result.test:
+        parts += ["## Validation accuracy (%)", score_table(result.validation)]
+    if result.seconds:
+        parts += ["## Seconds", ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items())]
+    if result.paths:
+        parts += ["## Files", "\n".join(f"{k}: {v}" for k, v in result.paths.items())]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,179 @@
+"""The loop of a study: anchor, default, then whatever the engine suggests, one committed row at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bmm.errors import RecipeError, StudyError
+from bmm.records import Hyperparameters, Trial, TrialKind
+from bmm.search.database import StudyDatabase
+from bmm.search.engine import Engine, build_engine
+from bmm.search.space import Space
+
+Evaluate = Callable[[Hyperparameters], Mapping[str, float]]
+OnTrial = Callable[[Trial, Trial | None], None]
+
+_IDENTITY = "search"
+
+
+def run_study(
+    database: StudyDatabase,
+    space: Space,
+    evaluate: Evaluate,
+    *,
+    reference: Mapping[str, float],
+    budget: int,
+    seed: int,
+    engine: str = "ax",
+    weights: Mapping[str, float] | None = None,
+    on_trial: OnTrial | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[Trial]:
+    """Runs a new study, or goes on with the one in ``database``, until it has ``budget`` trials; returns all of them.
+
+    ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
+    task's score of its own expert. The objective, maximised, is the mean over tasks of score / reference, weighted by
+    ``weights`` where given. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
+    budget. Trials left pending by a killed run are evaluated again under their number before anything else.
+
+    An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
+    KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
+    each evaluation; ``should_stop`` is asked before each.
+
+    Raises `RecipeError` for a reference, weight, budget or engine that makes no sense, `StudyError` where the
+    database holds another search (seed, space, reference, weights, engine) or where anchor and default both failed.
+    """
+    shares = _shares(reference, weights)
+    if budget < 1:
+        raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
+    if seed < 0:
+        raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
+    suggester = build_engine(engine, space, seed)
+    _claim(
+        database,
+        {
+            "seed": seed,
+            "engine": engine,
+            "space": space.to_json(),
+            "reference": {t: float(v) for t, v in reference.items()},
+            "weights": shares,
+        },
+    )
+    trials = database.trials()
+    if len(trials) > budget:
+        raise StudyError(
+            f"{database.path} already holds {len(trials)} trials, the budget is {budget}",
+            "a study can be continued with a larger budget, not cut short",
+        )
+    waiting = [t for t in trials if t.status == "pending"]
+    while not (should_stop is not None and should_stop()):
+        _refuse_dead_start(trials, database)
+        if waiting:
+            trial = waiting.pop(0)
+        elif len(trials) < budget:
+            trial = _begin(database, suggester, space, trials)
+            trials.append(trial)
+        else:
+            break
+        outcome = _evaluated(trial, evaluate, reference, shares)
+        database.finish(outcome)
+        trials[trials.index(trial)] = outcome
+        if on_trial is not None:
+            on_trial(outcome, best(trials) if any(t.status == "completed" for t in trials) else None)
+    return trials
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The completed trial with the highest objective, the earliest of equals: never below the anchor, if that ran."""
+    completed = [t for t in trials if t.status == "completed" and t.objective is not None]
+    if not completed:
+        raise StudyError("no trial of the study is completed", "resume it, or read its trials' errors")
+    return max(completed, key=lambda t: (t.objective, -t.number))
+
+
+def objective(scores: Mapping[str, float], reference: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """``sum_t weights[t] * scores[t] / reference[t]``, with weights that sum to one."""
+    return math.fsum(weights[t] * (scores[t] / reference[t]) for t in sorted(reference))
+
+
+def _begin(database: StudyDatabase, suggester: Engine, space: Space, trials: Sequence[Trial]) -> Trial:
+    number, notice, started = len(trials), "", time.perf_counter()
+    kind: TrialKind
+    if number == 0:
+        kind, hyperparameters = "anchor", space.anchor()
+    elif number == 1:
+        kind, hyperparameters = "default", space.default()
+    else:
+        suggestion = suggester.ask(trials)
+        kind, hyperparameters, notice = "search", space.to_hyperparameters(suggestion.point), suggestion.notice
+    trial = Trial(number, kind, "pending", hyperparameters, suggest_seconds=time.perf_counter() - started)
+    database.begin(trial, notice)
+    return trial
+
+
+def _evaluated(trial: Trial, evaluate: Evaluate, reference: Mapping[str, float], weights: Mapping[str, float]) -> Trial:
+    started = time.perf_counter()
+    try:
+        scores = {task: float(value) for task, value in evaluate(trial.hyperparameters).items()}
+        if wrong := sorted(scores.keys() ^ reference.keys()):
+            raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
+        if bad := {task: value for task, value in scores.items() if not math.isfinite(value)}:
+            raise ValueError(f"score not finite: {', '.join(f'{t} {v}' for t, v in sorted(bad.items()))}")
+        value = objective(scores, reference, weights)
+        if not math.isfinite(value):
+            raise ValueError(f"objective not finite: {value}")
+    except Exception as error:  # a trial may fail in any way its evaluation can; the study goes on
+        return replace(
+            trial, status="failed", error=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started
+        )
+    return replace(trial, status="completed", scores=scores, objective=value, seconds=time.perf_counter() - started)
+
+
+def _shares(reference: Mapping[str, float], weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The tasks' weights, scaled to sum to one."""
+    if not reference:
+        raise RecipeError("a study needs at least one task")
+    for task, value in reference.items():
+        if not math.isfinite(value) or value <= 0:
+            raise RecipeError(
+                f"task {task!r}: its expert's validation score is {value}, so scores cannot be normalised by it",
+                "check the expert, its head and the validation data of that task",
+            )
+    if weights is None:
+        return {task: 1 / len(reference) for task in reference}
+    if wrong := sorted(weights.keys() ^ reference.keys()):
+        raise RecipeError(f"weights and tasks do not agree on {', '.join(wrong)}", "give one weight a task")
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
+        raise RecipeError("task weights must be finite, not negative, and not all zero")
+    total = math.fsum(weights.values())
+    return {task: float(weights[task]) / total for task in reference}
+
+
+def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
+    """Records what the suggestions and objectives depend on, or refuses to mix two searches in one study."""
+    recorded = database.meta().get(_IDENTITY)
+    if recorded is None:
+        database.set_meta(_IDENTITY, identity)
+        return
+    identity = json.loads(json.dumps(identity))
+    if changed := [key for key in identity if identity[key] != recorded.get(key)]:
+        key = changed[0]
+        detail = f": {recorded.get(key)} there, {identity[key]} here" if key in ("seed", "engine") else ""
+        raise StudyError(
+            f"{database.path} was begun with another {' and '.join(changed)}{detail}",
+            "resume with the original recipe (only the budget may grow), or start a new study",
+        )
+
+
+def _refuse_dead_start(trials: Sequence[Trial], database: StudyDatabase) -> None:
+    start = trials[:2]
+    if len(start) == 2 and all(t.status == "failed" for t in start):
+        raise StudyError(
+            f"anchor and default both failed, so {database.path} cannot go on: {start[0].error}",
+            "mend the cause and start a new study",
+        )

@@ -1,0 +1,204 @@
+"""Tuning from end to end: prepare once, search, score the winner, write checkpoint, card and report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, write_checkpoint
+from .errors import StudyError, WriteError
+from .evaluation import Task
+from .merging import PreparedModel
+from .notation import StateDict
+from .recipe import Recipe
+from .records import Hyperparameters, Score, StudyResult, Trial
+from .report import study_card, text_report, versions
+from .run import ModelBuilder, Progress, Run, silent, stopwatch
+from .search.database import StudyDatabase
+from .search.space import Space
+from .search.study import best, run_study
+
+STUDY, RESULT, REPORT, MODEL = "study.db", "result.json", "report.md", "model"
+OnTrial = Callable[[Trial, Trial | None], None]
+
+
+def default_out(recipe: Recipe) -> str:
+    """runs/NAME, named after the zoo or the base and the anchor."""
+    source = recipe.zoo or ("vit8" if not recipe.base else Path(recipe.base).stem)
+    anchor = Path(recipe.anchor.removeprefix("path:")).name if recipe.anchor.startswith("path:") else recipe.anchor
+    return str(Path("runs") / f"{source}-{anchor}-{recipe.grams}-seed{recipe.seed}")
+
+
+def study_file(folder: str | Path) -> Path:
+    """The study database of a run's folder. Raises `StudyError` where there is none."""
+    path = Path(folder)
+    path = path / STUDY if path.is_dir() else path
+    if not path.is_file():
+        raise StudyError(f"no study in {folder}", "give the folder that `bmm tune` wrote to (its --out)")
+    return path
+
+
+def tune_recipe(
+    recipe: Recipe,
+    *,
+    tasks: Sequence[Task] | None = None,
+    model: ModelBuilder | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    on_trial: OnTrial | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> StudyResult:
+    """Run or continue the study of ``recipe`` in ``recipe.out`` and write its results.
+
+    Raises:
+        StudyError: the folder already holds a study (or, when resuming, none, or another one).
+        RecipeError, CheckpointError, GramError, MergeError: what is wrong with the input.
+        KeyboardInterrupt: passes through; the study can be resumed.
+    """
+    recipe = replace(recipe, out=recipe.out or default_out(recipe))
+    out = Path(recipe.out)
+    if not resume and (out / STUDY).exists():
+        raise StudyError(
+            f"{out} already holds a study", f"continue it with `bmm tune --resume {out}`, or choose another --out"
+        )
+    seconds: dict[str, float] = {}
+    with stopwatch(seconds, "open"):
+        run = Run(recipe, tasks=tasks, model=model, progress=progress)
+    with stopwatch(seconds, "experts"):
+        experts = run.score_experts("validation")
+    with stopwatch(seconds, "prepare"):
+        prepared = run.prepare()
+    space = Space.for_groups(prepared.groups, recipe.log10_lam, recipe.rho)
+
+    def evaluate(point: Hyperparameters) -> dict[str, float]:
+        return {s.task: s.value for s in run.score(prepared.merge(point), "validation")}
+
+    database = (
+        StudyDatabase.open(out / STUDY)
+        if resume
+        else StudyDatabase.create(out / STUDY, {"recipe": recipe.to_dict(), "versions": versions()})
+    )
+    with database:
+        if resume:
+            database.set_meta("recipe", recipe.to_dict())
+        reference = database.meta().get("search", {}).get("reference")
+        if reference is None:  # a resumed study keeps the very numbers it began with
+            reference = {s.task: s.value for s in experts}
+        with stopwatch(seconds, "search"):
+            trials = run_study(
+                database,
+                space,
+                evaluate,
+                reference=reference,
+                budget=recipe.budget,
+                seed=recipe.seed,
+                engine=recipe.engine,
+                weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
+                on_trial=on_trial,
+                should_stop=should_stop,
+            )
+        return finish(run, prepared, trials, experts, seconds)
+
+
+def finish(
+    run: Run,
+    prepared: PreparedModel,
+    trials: list[Trial],
+    experts: list[Score],
+    seconds: dict[str, float],
+) -> StudyResult:
+    """Score anchor, default and best (test data once), write the checkpoint, the card, the report and result.json."""
+    recipe, out = run.recipe, Path(run.recipe.out)
+    winner = best(trials)
+    groups = prepared.groups
+    models: dict[str, StateDict] = {
+        "anchor": prepared.merge(Hyperparameters.uniform(groups, float("inf"))),
+        "default": prepared.merge(Hyperparameters.uniform(groups, 1.0)),
+        "best": prepared.merge(winner.hyperparameters),
+    }
+    base = {n: run.pool.base[n] for n in run.pool.names}
+    scores: dict[str, dict[str, list[Score]]] = {"validation": {}, "test": {}}
+    splits = ["validation", "test"] if run.has_test else ["validation"]
+    with stopwatch(seconds, "final scores"):
+        for split in splits:
+            scores[split]["base"] = run.score(base, split)
+            for done, (name, tensors) in enumerate(models.items()):
+                run.progress("score", done, len(models), f"{name} on {split}")
+                scores[split][name] = run.score(tensors, split)
+            scores[split]["experts"] = experts if split == "validation" else run.score_experts(split)
+    paths = {
+        "checkpoint": str(out / MODEL),
+        "card": str(out / MODEL / "README.md"),
+        "report": str(out / REPORT),
+        "result": str(out / RESULT),
+        "study": str(out / STUDY),
+    }
+    result = StudyResult(winner, trials, scores["validation"], scores["test"], paths, recipe.to_dict(), seconds)
+    with stopwatch(seconds, "write"):
+        write_model(run, models["best"], out / MODEL, study_card(result, recipe.to_yaml()), overwrite=True)
+    write_text(out / REPORT, text_report(result))
+    write_text(out / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
+    return result
+
+
+def write_model(
+    run: Run, tensors: StateDict | Any, folder: Path, card: str, *, overwrite: bool, recipe_yaml: str | None = None
+) -> Path:
+    """Write merged tensors (a mapping or a stream of pairs) as a checkpoint like the base's, with card and recipe."""
+    recipe = run.recipe
+    sources = [source.path.resolve() for source in run.pool.experts if isinstance(source, Checkpoint)]
+    if folder.resolve() in sources:
+        raise WriteError(f"{folder} is one of the experts", "choose another output folder")
+    dtype = None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
+    pairs = ((n, tensors[n].cpu()) for n in run.pool.names) if isinstance(tensors, dict) else tensors
+    return write_checkpoint(
+        folder,
+        pairs,
+        like=run.pool.base if isinstance(run.pool.base, Checkpoint) else None,
+        dtypes=dtype,
+        tied=run.pool.tied,
+        max_shard_bytes=int(recipe.shard_gib * 2**30),
+        extra_files={"README.md": card, "bmm_recipe.yaml": recipe_yaml or recipe.to_yaml() or "{}\n"},
+        overwrite=overwrite,
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def load_result(folder: str | Path) -> StudyResult:
+    """The result of a run's folder; an unfinished study gives its trials so far, without test scores.
+
+    Raises:
+        StudyError: no study there, or one without a completed trial.
+    """
+    path = study_file(folder)
+    finished = path.parent / RESULT
+    with StudyDatabase.open(path, readonly=True) as database:
+        meta, trials = database.meta(), database.trials()
+    if finished.is_file():
+        try:
+            result = StudyResult.from_json(json.loads(finished.read_text()))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise StudyError(f"{finished} is damaged", f"`bmm tune --resume {path.parent}` writes it again") from error
+        if len(result.trials) == len(trials):
+            return result
+    if not any(t.status == "completed" for t in trials):
+        raise StudyError(f"{path} has no completed trial yet", f"continue it with `bmm tune --resume {path.parent}`")
+    winner = best(trials)
+    rows = {"anchor": trials[0], "default": trials[1] if len(trials) > 1 else trials[0], "best": winner}
+    reference = meta.get("search", {}).get("reference", {})
+    # n is not recorded with trials: the raw validation scores stand without a standard error.
+    validation = {m: [Score(k, v, 0) for k, v in t.scores.items()] for m, t in rows.items() if t.scores}
+    validation["experts"] = [Score(k, v, 0) for k, v in reference.items()]
+    return StudyResult(winner, trials, validation, {}, {"study": str(path)}, meta["recipe"])

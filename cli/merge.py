@@ -1,0 +1,58 @@
+"""``bmm merge``"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import ANCHOR, BMM, GRAMS, INPUT, OUTPUT, RUNTIME, common, load_recipe, recipe_options
+from .output import Console, emit
+
+
+@click.command("merge")
+@click.option("--out", "-o", required=True, type=click.Path(file_okay=False), help="Folder for the merged checkpoint.")
+@click.option("--lam", type=float, default=None, help="BMM with this prior precision for every group (inf: anchor).")
+@click.option("--rho", type=float, default=1.0, show_default=True, help="Assembly scale that goes with --lam.")
+@click.option("--study", type=click.Path(exists=True), help="Merge as the best trial of this study.")
+@click.option("--trial", type=int, default=None, help="With --study: this trial in place of the best.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder once the new one is whole.")
+@recipe_options(*ANCHOR, *INPUT, *BMM, *GRAMS, *RUNTIME, *OUTPUT)
+@common
+def command(
+    out: str,
+    lam: float | None,
+    rho: float,
+    study: str | None,
+    trial: int | None,
+    overwrite: bool,
+    recipe: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **values: Any,
+) -> None:
+    """Merge once and write a checkpoint.
+
+    Without --lam or --study the anchor method itself is the merge, streamed from disk to disk.
+
+    \b
+    bmm merge --anchor ties --knob density=0.3 --out merged
+    bmm merge --base m/base --expert m/a --expert m/b --anchor task_arithmetic --out merged
+    bmm merge --anchor tsv --grams datafree --lam 1 --out merged
+    bmm merge --study runs/vit8-tsv-data-seed0 --trial 7 --out merged
+    """
+    from bmm.api import merge
+
+    from .options import collected
+
+    if study and (lam is not None or recipe):
+        raise click.UsageError("--study brings its own recipe and hyperparameters; drop --lam and --recipe")
+    if trial is not None and not study:
+        raise click.UsageError("--trial goes with --study")
+    source: dict[str, Any] = (
+        {"study": study, "trial": trial, **collected(values)} if study else {"recipe": load_recipe(recipe, values)}
+    )
+    with Console(quiet) as console:
+        path = merge(lam=lam, rho=rho, out=out, overwrite=overwrite, progress=console.stage, **source)
+    emit(f"merged checkpoint: {path}", {"checkpoint": str(path)}, as_json)

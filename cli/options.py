@@ -1,0 +1,105 @@
+"""Flags from the recipe: every key of `bmm.recipe.Recipe` is a flag of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+import click
+import yaml
+
+from bmm.errors import RecipeError
+from bmm.recipe import Recipe
+
+INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
+RUNTIME = ("device", "autocast", "cache")
+GRAMS = ("calibration", "batch_size")
+ANCHOR = ("anchor", "knobs")
+BMM = ("grams", "gamma", "normalise", "weights", "groups", "bands", "group")
+OUTPUT = ("dtype", "shard_gib")
+SEARCH = ("log10_lam", "rho", "budget", "engine", "seed", "out")
+
+
+def _default(key: Field[Any]) -> Any:
+    return key.default_factory() if key.default_factory is not MISSING else key.default
+
+
+def _option(key: Field[Any]) -> Callable[[Any], Any]:
+    flag = "--" + key.name.replace("_", "-")
+    names = [flag, key.name]
+    if key.name == "experts":
+        names.insert(1, "--expert")
+    if key.name == "knobs":
+        names.insert(1, "--knob")
+    if key.name == "out":
+        names.insert(1, "-o")
+    meta, default = key.metadata, _default(key)
+    text = str(meta["help"])
+    if default not in ("", (), {}):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f"  [default: {shown}]"
+    if meta.get("mapping") or meta.get("many"):
+        metavar = "NAME=VALUE" if meta.get("mapping") else "PATTERN"
+        return click.option(*names, multiple=True, metavar=metavar, help=text + " Repeatable.")
+    if meta.get("pair"):
+        return click.option(*names, type=(float, float), default=None, metavar="LOW HIGH", help=text)
+    if "choices" in meta:
+        return click.option(*names, type=click.Choice(meta["choices"]), default=None, help=text)
+    kinds: dict[str, Any] = {"int": int, "float": float}
+    return click.option(*names, type=kinds.get(str(key.type), str), default=None, help=text)
+
+
+def recipe_options(*names: str) -> Callable[[Any], Any]:
+    """Add ``--recipe`` and a flag for each named recipe key."""
+    by_name = {f.name: f for f in fields(Recipe)}
+
+    def decorate(function: Any) -> Any:
+        for name in reversed(names):
+            function = _option(by_name[name])(function)
+        return click.option("--recipe", type=click.Path(dir_okay=False), help="YAML recipe; flags win over its keys.")(
+            function
+        )
+
+    return decorate
+
+
+def common(function: Any) -> Any:
+    """--json, --quiet and --debug."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress, only the result."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):
+        function = option(function)
+    return function
+
+
+def collected(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as recipe keys. Raises `RecipeError` for a malformed NAME=VALUE."""
+    metadata = {f.name: f.metadata for f in fields(Recipe)}
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in metadata or value is None or value == ():
+            continue
+        if metadata[name].get("mapping"):
+            out[name] = dict(_pair(name, item) for item in value)
+        else:
+            out[name] = list(value) if metadata[name].get("many") else value
+    return out
+
+
+def _pair(flag: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if flag == "experts" and not equals:
+        # A bare folder is named after itself.
+        return text.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors"), text
+    if not equals or not name:
+        raise RecipeError(f"--{flag.replace('_', '-')}: {text!r} is not NAME=VALUE", "for example scale=0.5")
+    return name, yaml.safe_load(value) if flag in ("knobs", "weights") else value
+
+
+def load_recipe(path: str | None, values: Mapping[str, Any]) -> Recipe:
+    """The recipe of ``--recipe`` with the given flags on top."""
+    keys = collected(values)
+    return Recipe.load(path, **keys) if path else Recipe.from_dict(keys, "options")

@@ -1,0 +1,98 @@
+"""Progress and results on the terminal: rich bars where there is one, plain lines otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import click
+
+STAGES = {
+    "check": "checking experts",
+    "experts": "scoring experts",
+    "grams": "collecting Grams",
+    "anchor": "anchor",
+    "merge": "merging",
+    "prepare": "preparing modules",
+    "score": "scoring",
+}
+
+
+class Console:
+    """Shows stages and trials. ``quiet`` shows nothing; without a terminal each finished stage is one line."""
+
+    def __init__(self, quiet: bool = False, budget: int = 0) -> None:
+        self.quiet = quiet
+        self.budget = budget
+        self.live = not quiet and sys.stderr.isatty()
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._begun: dict[str, float] = {}
+        self._search_start: float | None = None
+        self._first = 0
+
+    def __enter__(self) -> Console:
+        if self.live:
+            from rich.console import Console as Rich
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description:<18}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=Rich(stderr=True),
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def stage(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """The progress callback of `bmm.run`."""
+        if self.quiet:
+            return
+        name = stage
+        label = STAGES.get(name, name)
+        if self._bars is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(label, total=total, detail="")
+            self._bars.update(self._tasks[name], completed=done, total=total, detail=detail)
+            return
+        self._begun.setdefault(name, time.monotonic())
+        if done == total:
+            seconds = time.monotonic() - self._begun.pop(name)
+            click.echo(f"{label}: {total} done in {seconds:.1f} s", err=True)
+
+    def trial(self, trial: Any, best: Any) -> None:
+        """One finished trial: number, objective, best so far, seconds left."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if self._search_start is None:
+            self._search_start, self._first = now - trial.seconds - trial.suggest_seconds, trial.number
+        made = trial.number - self._first + 1
+        left = (now - self._search_start) / made * (self.budget - trial.number - 1)
+        top = f"best {best.objective:.4f} (trial {best.number})" if best else "no completed trial yet"
+        if self._bars is not None:
+            if "trials" not in self._tasks:
+                self._tasks["trials"] = self._bars.add_task("trials", total=self.budget, detail="")
+            self._bars.update(self._tasks["trials"], completed=trial.number + 1, detail=top)
+            return
+        shown = f"{trial.objective:.4f}" if trial.objective is not None else f"failed: {trial.error}"
+        click.echo(f"trial {trial.number + 1}/{self.budget} {trial.kind} {shown}; {top}; {left:.0f} s left", err=True)
+
+
+def emit(text: str, data: Any, as_json: bool) -> None:
+    """The result on standard output: text for people, JSON for programs."""
+    click.echo(json.dumps(data, indent=1) if as_json else text.rstrip("\n"))

@@ -1,0 +1,27 @@
+"""Shared fixtures: the small family, quiet threads, a private Gram cache."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from tests import family as family_module
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A base and three experts of a small convolutional net, with tasks (see tests/family.py)."""
+    return family_module.build(tmp_path_factory.mktemp("family") / "f")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's own cache."""
+    monkeypatch.setenv("BMM_CACHE", str(tmp_path_factory.getbasetemp() / "bmm-cache"))

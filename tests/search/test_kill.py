@@ -1,0 +1,88 @@
+"""kill -9 at random moments: a resumed study equals the uninterrupted one in every row."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bmm.errors import StudyError
+from bmm.search.database import StudyDatabase
+from tests.search import problem
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(path, engine, budget, pause):
+    command = [sys.executable, "-m", "tests.search.problem", str(path), engine, str(budget), str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(path, engine, budget):
+    process = start(path, engine, budget, 0)
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, "")
+    with StudyDatabase.open(path, readonly=True) as database:
+        return database.trials(), database.notices()
+
+
+def rows(path):
+    try:
+        with StudyDatabase.open(path, readonly=True) as database:
+            return database.trials()
+    except StudyError as error:  # killed before the file was created or its tables committed
+        if "no study at" in error.message or "is not a study" in error.message:
+            return []
+        raise
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+    return process.returncode == -9
+
+
+@pytest.mark.slow
+def test_twenty_two_kills_of_a_sobol_study(tmp_path):
+    budget, random_moment = 60, random.Random(11)
+    whole, _ = finish(tmp_path / "whole.db", "sobol", budget)
+    assert len(whole) == budget
+    assert {t.status for t in whole} == {"completed", "failed"}
+    path, kills, pending = tmp_path / "killed.db", 0, 0
+    for attempt in range(22):
+        process = start(path, "sobol", budget, 0.03)
+        if attempt % 5 == 0:  # also while it imports, creates the file or reads it
+            time.sleep(random_moment.uniform(0, 1.5))
+        else:
+            assert process.stdout.readline() == "evaluating\n"
+            time.sleep(random_moment.uniform(0, 0.05))
+        kills += kill(process)
+        pending += any(t.status == "pending" for t in rows(path))
+    assert kills >= 20
+    assert pending >= 3  # some were hit between the two commits of a trial
+    assert len(rows(path)) < budget
+    resumed, _ = finish(path, "sobol", budget)
+    assert problem.outcomes(resumed) == problem.outcomes(whole)
+
+
+@pytest.mark.slow
+def test_kills_of_an_ax_study(tmp_path):
+    budget, random_moment = 12, random.Random(12)
+    whole, notices = finish(tmp_path / "whole.db", "ax", budget)
+    assert not notices
+    path = tmp_path / "killed.db"
+    for target in (8, 9, 10, 11):  # in the model-based part: while suggesting, committing or evaluating a trial
+        process = start(path, "ax", budget, 0.3)
+        deadline = time.monotonic() + 120
+        while len(rows(path)) < target:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(random_moment.uniform(0, 0.8))
+        assert kill(process)
+    assert len(rows(path)) <= budget
+    resumed, notices = finish(path, "ax", budget)
+    assert problem.outcomes(resumed) == problem.outcomes(whole)
+    assert not notices

@@ -1,0 +1,81 @@
+import pytest
+import yaml
+
+from bmm.errors import BmmError, RecipeError
+from bmm.recipe import Recipe, load_function
+
+
+def test_defaults_round_trip_through_yaml(tmp_path):
+    recipe = Recipe.from_dict({"anchor": "ties", "knobs": {"density": 0.3}, "rho": [0.8, 1.2], "budget": 12})
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+    assert "seed" not in yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message", "hint"),
+    [
+        ({"ancor": "tsv"}, "unknown key 'ancor'", "anchor"),
+        ({"anchor": "tvs"}, "tvs", "tsv"),
+        ({"knobs": {"scal": 1.0}}, "scal", "scale"),
+        ({"knobs": {"scale": 99.0}}, "scale", ""),
+        ({"grams": "datafre"}, "datafre", "datafree"),
+        ({"budget": 1}, "at least 2", ""),
+        ({"budget": 2.5}, "budget", ""),
+        ({"budget": "many"}, "budget", ""),
+        ({"gamma": 1.5}, "from 0 to 1", ""),
+        ({"rho": [1.2, 0.8]}, "range", "low < high"),
+        ({"rho": 3}, "two numbers", ""),
+        ({"experts": ["a"]}, "mapping", ""),
+        ({"skip": "classifier.*"}, "list", ""),
+        ({"weights": {"a": -1}}, "weight of a", ">= 0"),
+        ({"zoo": "vit8", "base": "x"}, "exclude", ""),
+        ({"anchor": "path:x", "knobs": {"scale": 1}}, "no knobs", ""),
+    ],
+)
+def test_mistakes_are_named(raw, message, hint):
+    with pytest.raises(BmmError) as caught:
+        Recipe.from_dict(raw)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "anchor: [unclosed", "42"])
+def test_files_that_are_no_recipe(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        Recipe.load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read recipe"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_paths_are_relative_to_the_recipe_and_overrides_win(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: b\nexperts: {x: e/x}\ntasks: t.py:make\nanchor: path:m\nbudget: 9\n")
+    recipe = Recipe.load(path, budget=7)
+    assert recipe.base == str(tmp_path / "b")
+    assert recipe.experts == {"x": str(tmp_path / "e/x")}
+    assert recipe.tasks == f"{tmp_path}/t.py:make"
+    assert recipe.anchor == f"path:{tmp_path}/m"
+    assert recipe.budget == 7
+
+
+def test_load_function(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def make():\n    return 7\n")
+    assert load_function(f"{path}:make", "tasks")() == 7
+    with pytest.raises(RecipeError, match="no function 'made'") as caught:
+        load_function(f"{path}:made", "tasks")
+    assert "make" in caught.value.hint
+    with pytest.raises(RecipeError, match="names no function"):
+        load_function("mine.py", "tasks")
+    with pytest.raises(RecipeError, match="no file"):
+        load_function(f"{tmp_path}/other.py:make", "tasks")
+    path.write_text("import no_such_module_here\n")
+    with pytest.raises(RecipeError, match="ModuleNotFoundError"):
+        load_function(f"{path}:make", "tasks")
