@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.anchors, args.sources, args.seeds, args.budget = ["tsv"], ["data"], 1, 12
+        args.anchors, args.sources, args.seeds, args.budget = ["tsv"], ["data"], 1, min(args.budget, 12)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     run = Run(Recipe.from_dict({"zoo": args.zoo}))

@@ -32,7 +32,10 @@ ModelBuilder = Callable[[], nn.Module]
 
 
 class Progress(Protocol):
-    """Called as work goes on: a stage's name, how much of it is done, and a short detail."""
+    """Called as work goes on: a stage's name, how much of it is done, and a short detail.
+
+    Stage "notice" carries, in ``detail``, something the user should know that stopped nothing.
+    """
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
 
@@ -70,7 +73,6 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.progress = progress
-        self.notices: list[str] = []
         self.device = _device(recipe.device)
         base, experts = recipe.base, dict(recipe.experts)
         if not base and not experts:
@@ -141,7 +143,8 @@ class Run:
                     store.save(key, grams)
             found.append(grams)
         self.progress("grams", len(self.tasks), len(self.tasks))
-        self.notices += store.notices
+        for notice in store.notices:  # a stale or damaged cache was rebuilt
+            self.progress("notice", 1, 1, notice)
         return found
 
     # -- merges --------------------------------------------------------------------------------------------------

@@ -116,21 +116,20 @@ def finish(
     """Score anchor, default and best (test data once), write the checkpoint, the card, the report and result.json."""
     recipe, out = run.recipe, Path(run.recipe.out)
     winner = best(trials)
-    groups = prepared.groups
+    default = trials[1].hyperparameters if len(trials) > 1 else Hyperparameters.uniform(prepared.groups, 1.0)
     models: dict[str, StateDict] = {
-        "anchor": prepared.merge(Hyperparameters.uniform(groups, float("inf"))),
-        "default": prepared.merge(Hyperparameters.uniform(groups, 1.0)),
+        "base": {n: run.pool.base[n] for n in run.pool.names},
+        "anchor": prepared.merge(trials[0].hyperparameters),
+        "default": prepared.merge(default),
         "best": prepared.merge(winner.hyperparameters),
     }
-    base = {n: run.pool.base[n] for n in run.pool.names}
     scores: dict[str, dict[str, list[Score]]] = {"validation": {}, "test": {}}
     splits = ["validation", "test"] if run.has_test else ["validation"]
     with stopwatch(seconds, "final scores"):
+        for done, (split, name) in enumerate((s, m) for s in splits for m in models):
+            scores[split][name] = run.score(models[name], split)
+            run.progress("score", done + 1, len(splits) * len(models), f"{name} on {split}")
         for split in splits:
-            scores[split]["base"] = run.score(base, split)
-            for done, (name, tensors) in enumerate(models.items()):
-                run.progress("score", done, len(models), f"{name} on {split}")
-                scores[split][name] = run.score(tensors, split)
             scores[split]["experts"] = experts if split == "validation" else run.score_experts(split)
     paths = {
         "checkpoint": str(out / MODEL),

@@ -62,17 +62,25 @@ class Console:
         """The progress callback of `bmm.run`."""
         if self.quiet:
             return
-        name = stage
-        label = STAGES.get(name, name)
-        if self._bars is not None:
-            if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(label, total=total, detail="")
-            self._bars.update(self._tasks[name], completed=done, total=total, detail=detail)
+        if stage == "notice":
+            self._say(f"note: {detail}")
             return
-        self._begun.setdefault(name, time.monotonic())
+        label = STAGES.get(stage, stage)
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(label, total=total, detail="")
+            self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail)
+            return
+        self._begun.setdefault(stage, time.monotonic())
         if done == total:
-            seconds = time.monotonic() - self._begun.pop(name)
+            seconds = time.monotonic() - self._begun.pop(stage)
             click.echo(f"{label}: {total} done in {seconds:.1f} s", err=True)
+
+    def _say(self, line: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(line, highlight=False, markup=False)
+        else:
+            click.echo(line, err=True)
 
     def trial(self, trial: Any, best: Any) -> None:
         """One finished trial: number, objective, best so far, seconds left."""
