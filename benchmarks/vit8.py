@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=50)
     parser.add_argument("--calibration", type=int, default=64)
-    parser.add_argument("--groups", default="role")
+    parser.add_argument("--groups", default="depth")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/bench"))
     parser.add_argument("--quick", action="store_true")

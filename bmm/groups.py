@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from .errors import RecipeError, did_you_mean
 
-SCHEMES = ("global", "role", "bands", "module")
+SCHEMES = ("global", "depth", "role", "bands", "module")
 
 # Ordered: the first pattern found at the end of the module's path gives the role.
 _ROLES: tuple[tuple[str, str], ...] = (
@@ -70,13 +70,14 @@ def depth_of(parameter: str) -> int | None:
 
 def search_groups(
     weights: Iterable[str],
-    scheme: str = "role",
-    bands: int = 3,
+    scheme: str = "depth",
+    bands: int = 4,
     overrides: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The search group of each weight.
 
-    ``scheme``: "global" (one group), "role", "bands" (role and one of ``bands`` depth bands) or "module" (one each).
+    ``scheme``: "global" (one group), "depth" (``bands`` bands of blocks, and one group for what is outside the blocks),
+    "role", "bands" (role within a depth band) or "module" (one each).
     ``overrides`` maps glob patterns of parameter names to group names and wins over the scheme.
     Raises `RecipeError` for an unknown scheme, fewer than one band, or an override that matches nothing.
     """
@@ -84,7 +85,7 @@ def search_groups(
     if scheme not in SCHEMES:
         raise RecipeError(f"no grouping scheme {scheme!r}", did_you_mean(scheme, SCHEMES))
     if bands < 1:
-        raise RecipeError(f"bands must be at least 1, not {bands}", "use groups: role for a single band")
+        raise RecipeError(f"bands must be at least 1, not {bands}", "use groups: global for a single band")
     depths = sorted({d for d in map(depth_of, names) if d is not None})
     rank = {d: n for n, d in enumerate(depths)}
 
@@ -94,9 +95,12 @@ def search_groups(
         if scheme == "module":
             return module_of(name)
         depth = depth_of(name)
-        if scheme == "role" or depth is None:
+        if scheme == "role" or (depth is None and scheme == "bands"):
             return role_of(name)
-        return f"{role_of(name)}.{rank[depth] * min(bands, len(depths)) // len(depths)}"
+        if depth is None:
+            return "outside"
+        band = rank[depth] * min(bands, len(depths)) // len(depths)
+        return f"depth.{band}" if scheme == "depth" else f"{role_of(name)}.{band}"
 
     groups = {name: group(name) for name in names}
     for pattern, target in (overrides or {}).items():

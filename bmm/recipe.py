@@ -50,11 +50,11 @@ class Recipe:
     weights: dict[str, float] = _key(
         dict, "Task weights in regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
     )
-    groups: str = _key("role", "What shares one (lam, rho) pair.", choices=SCHEMES)
-    bands: int = _key(3, "Depth bands when groups is bands.", low=1)
+    groups: str = _key("depth", "What shares one (lam, rho) pair.", choices=SCHEMES)
+    bands: int = _key(4, "Depth bands when groups is depth or bands.", low=1)
     group: dict[str, str] = _key(dict, "Override a module's group: PATTERN=GROUP.", mapping="str")
     log10_lam: tuple[float, float] = _key((-4.0, 3.0), "Range of log10(lam), the prior's precision.", pair=True)
-    rho: tuple[float, float] = _key((0.5, 1.5), "Range of rho, the assembly scale.", pair=True)
+    rho: tuple[float, float] = _key((0.0, 3.0), "Range of rho, the assembly scale: 0 is the base.", pair=True)
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key("ax", "What proposes the next trial: ax (Bayesian optimisation) or sobol.")
     seed: int = _key(0, "Seed of every random draw.", low=0)

@@ -14,8 +14,10 @@ from .output import emit
 @click.command("inspect")
 @click.argument("checkpoints", nargs=-1, type=click.Path())
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these parameters out (task heads). Repeatable.")
-@click.option("--groups", "scheme", default="role", help="How modules would be grouped: global, role, bands, module.")
-@click.option("--bands", default=3, show_default=True, help="Depth bands for --groups bands.")
+@click.option(
+    "--groups", "scheme", default="depth", help="How modules would be grouped: global, depth, role, bands, module."
+)
+@click.option("--bands", default=4, show_default=True, help="Depth bands.")
 @common
 def command(
     checkpoints: tuple[str, ...],

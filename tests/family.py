@@ -91,6 +91,7 @@ class Family:
             "experts": self.experts,
             "tasks": f"{self.file}:tasks",
             "model": f"{self.file}:model",
+            "groups": "role",
             "cache": str(self.folder / "cache"),
         } | keys
 

@@ -44,6 +44,10 @@ def test_schemes():
     assert set(search_groups(NAMES, "global").values()) == {"all"}
     assert set(search_groups(NAMES, "role").values()) == {"q", "k", "conv1"}
     assert len(set(search_groups(NAMES, "module").values())) == len(NAMES)
+    depth = search_groups(NAMES, "depth", bands=2)
+    assert depth["blocks.2.attn.q.weight"] == depth["blocks.0.attn.k.weight"] == "depth.0"
+    assert depth["blocks.3.attn.q.weight"] == "depth.1"
+    assert depth["stem.conv1.weight"] == "outside"
     bands = search_groups(NAMES, "bands", bands=3)
     assert [bands[f"blocks.{d}.attn.q.weight"] for d in range(6)] == ["q.0", "q.0", "q.1", "q.1", "q.2", "q.2"]
     assert bands["stem.conv1.weight"] == "conv1"

@@ -68,6 +68,6 @@ def find(name: str) -> Zoo:
 
 def model() -> nn.Module:
     """The zoo's encoder without trained weights."""
-    from .model import ViTConfig, ZooViT
+    from .vit import ViTConfig, ZooViT
 
     return ZooViT(ViTConfig.load(HOME / "base"))

@@ -107,7 +107,7 @@ def test_experts_on_the_command_line(family, tmp_path):
 def test_gram_inspect_and_anchors(family, recipe, tmp_path):
     text = bmm("gram", "--recipe", recipe, "--cache", tmp_path).stdout
     assert all(task in text for task in TASKS)
-    data = json.loads(bmm("inspect", family.base, *family.experts.values(), "--json").stdout)
+    data = json.loads(bmm("inspect", family.base, *family.experts.values(), "--groups", "role", "--json").stdout)
     assert data["agree"]
     assert {g["group"] for g in data["groups"]} == {"conv", "q", "k", "fc1", "out"}
     listed = json.loads(bmm("anchors", "--json").stdout)

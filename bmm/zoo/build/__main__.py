@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .. import VIT20
 from . import export, sources, tasks, train
 
 
@@ -33,12 +34,12 @@ def main() -> None:
         sources.fetch(args.work)
     if every or args.stage == "data":
         tasks.pretraining(args.work)
-        for name in tasks.VIT20:
+        for name in VIT20:
             tasks.task_splits(args.work, name)
     if every or args.stage == "base":
         train.base_and_heads(args.work)
     if every or args.stage == "experts":
-        for name in args.only or tasks.VIT20:
+        for name in args.only or VIT20:
             train.expert(args.work, name)
     if every or args.stage == "export":
         export.export(args.work)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ...anchors import merge
 from ...notation import StateDict
 from .. import HOME, VIT8, VIT20
-from ..model import ViTConfig
+from ..vit import ViTConfig
 from . import train
 from .tasks import task_splits
 
@@ -53,6 +53,8 @@ def export(work: Path) -> None:
     for folder, names in ((HOME, VIT8), (EXTRA, [n for n in VIT20 if n not in VIT8])):
         flat = {f"{n}.{k}": v.contiguous() for n in names for k, v in heads[n].items()}
         save_file(flat, folder / "heads.safetensors")
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes for the owner alone; the package is for everybody
     (HOME / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
     found = {zoo: conditions(work, names) for zoo, names in (("vit8", VIT8), ("vit20", VIT20))}
     log.info("conditions: %s", found)

@@ -192,7 +192,8 @@ def disturb(ink: np.ndarray, trouble: str, rng: np.random.Generator) -> np.ndarr
     if trouble == "warped":
         grid = np.stack(np.mgrid[0:SIZE, 0:SIZE]).astype(np.float32)
         dy, dx = 2.2 * smooth_noise(n, 5, rng), 2.2 * smooth_noise(n, 5, rng)
-        return np.stack([map_coordinates(i, grid + (y, x), order=1) for i, y, x in zip(ink, dy, dx, strict=True)])
+        moves = np.stack([dy, dx], axis=1)  # (n, 2, 32, 32)
+        return np.stack([map_coordinates(i, grid + move, order=1) for i, move in zip(ink, moves, strict=True)])
     out = ink.copy()
     if trouble == "crowded":
         for row, other in enumerate(rng.permutation(n)):

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import ViTConfig, ZooViT
-from .tasks import VIT20, Split, pretraining, task_splits
+from .. import VIT20
+from ..vit import ViTConfig, ZooViT
+from .tasks import Split, pretraining, task_splits
 
 log = logging.getLogger("bmm.zoo.build")
 
