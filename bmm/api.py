@@ -58,12 +58,17 @@ def tune(
         RecipeError, CheckpointError, GramError, MergeError, StudyError: see `bmm.errors`.
     """
     if resume is not None:
+        fixed = sorted(set(keys) - {"budget", "device", "cache"})
+        if recipe is not None or fixed:
+            raise RecipeError(
+                f"{fixed[0] if fixed else 'the recipe'} cannot change in a resumed study",
+                "only budget, device and cache can; start a new study for anything else",
+            )
         path = study_file(resume)
         with StudyDatabase.open(path, readonly=True) as database:
             given = database.meta()["recipe"]
         # The folder may have been moved since; where it is now is what counts.
-        keys = {k: v for k, v in keys.items() if v is not None} | {"out": str(path.parent)}
-        chosen = make_recipe(given, **keys)
+        chosen = make_recipe(given, **keys, out=str(path.parent))
     else:
         chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
     return tune_recipe(
@@ -110,7 +115,7 @@ def merge(
             raise RecipeError(f"no trial {trial} in {study}", f"trials 0 to {max(rows)}")
         point = (result.best if trial is None else rows[trial]).hyperparameters
         recipe = {k: v for k, v in result.recipe.items() if k != "out"}
-    chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
+    chosen = make_recipe(recipe, **keys, **_targets(tasks, model)).relative_to(Path.cwd())
     if point is None and lam is None and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = chosen.grams != "datafree" or chosen.anchor == "regmean"

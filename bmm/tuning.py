@@ -61,7 +61,8 @@ def tune_recipe(
         RecipeError, CheckpointError, GramError, MergeError: what is wrong with the input.
         KeyboardInterrupt: passes through; the study can be resumed.
     """
-    recipe = replace(recipe, out=recipe.out or default_out(recipe))
+    # Absolute paths: the recipe travels with the study and the model, and is used from other folders.
+    recipe = replace(recipe.relative_to(Path.cwd()), out=recipe.out or default_out(recipe))
     out = Path(recipe.out)
     if not resume and (out / STUDY).exists():
         raise StudyError(
@@ -74,6 +75,7 @@ def tune_recipe(
         experts = run.score_experts("validation")
     with stopwatch(seconds, "prepare"):
         prepared = run.prepare()
+    inputs = run.pool.fingerprint()
     space = Space.for_groups(prepared.groups, recipe.log10_lam, recipe.rho)
 
     def evaluate(point: Hyperparameters) -> dict[str, float]:
@@ -82,10 +84,15 @@ def tune_recipe(
     database = (
         StudyDatabase.open(out / STUDY)
         if resume
-        else StudyDatabase.create(out / STUDY, {"recipe": recipe.to_dict(), "versions": versions()})
+        else StudyDatabase.create(out / STUDY, {"recipe": recipe.to_dict(), "versions": versions(), "inputs": inputs})
     )
     with database:
         if resume:
+            if database.meta().get("inputs") != inputs:
+                raise StudyError(
+                    f"the checkpoints have changed since the study in {out} began",
+                    "put the original ones back, or start a new study",
+                )
             database.set_meta("recipe", recipe.to_dict())
         reference = database.meta().get("search", {}).get("reference")
         if reference is None:  # a resumed study keeps the very numbers it began with

@@ -41,7 +41,7 @@ def command(name: str | None, as_json: bool, debug: bool) -> None:
 
 
 def _range(knob: Any) -> str:
-    return " | ".join(map(str, knob.choices)) if knob.choices else f"{knob.low:g} to {knob.high:g}"
+    return " or ".join(map(str, knob.choices)) if knob.choices else f"{knob.low:g} to {knob.high:g}"
 
 
 def _row(anchor: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def command(
         data["agree"] = True
         parts += [
             f"base and {len(opened) - 1} experts agree in {len(pool.names)} tensors; all values finite",
-            markdown(["group", "modules", "parameters", "|tau| / |w0|", "first"], rows),
+            markdown(["group", "modules", "parameters", "tau / w0 (norms)", "first"], rows),
         ]
         if pool.tied:
             parts.append("tied: " + "; ".join(" = ".join(t) for t in pool.tied))

@@ -162,3 +162,29 @@ def test_mistakes_in_input_stop_before_work(family, tmp_path):
         bmm.evaluate(family.base, family.recipe(), split="train")
     with pytest.raises(RecipeError, match="no device"):
         bmm.merge(family.recipe(), device="gpu0")
+
+
+def test_a_resumed_study_keeps_its_recipe_and_its_inputs(family, tmp_path):
+    import shutil
+
+    copy = tmp_path / "models"
+    shutil.copytree(family.folder, copy)
+    keys = family.recipe(engine="sobol", experts={t: str(copy / t) for t in TASKS})
+    bmm.tune(keys, budget=3, out=str(tmp_path / "r"))
+    with pytest.raises(RecipeError, match="anchor cannot change"):
+        bmm.tune(resume=tmp_path / "r", anchor="average")
+    shutil.copy(copy / "ring" / "model.safetensors", copy / "corner" / "model.safetensors")
+    with pytest.raises(StudyError, match="have changed"):
+        bmm.tune(resume=tmp_path / "r", budget=5)
+
+
+def test_relative_paths_survive_a_change_of_folder(family, tmp_path, monkeypatch):
+    monkeypatch.chdir(family.folder)
+    keys = family.recipe(engine="sobol", base="base", experts={t: t for t in TASKS}, tasks="tasks.py:tasks",
+                         model="tasks.py:model")  # fmt: skip
+    bmm.tune(keys, budget=3, out=str(tmp_path / "r"))
+    monkeypatch.chdir(tmp_path)
+    longer = bmm.tune(resume="r", budget=4)
+    assert len(longer.trials) == 4
+    again = bmm.tune(bmm.Recipe.load("r/model/bmm_recipe.yaml"), budget=4, out=str(tmp_path / "again"))
+    assert [t.objective for t in again.trials] == [t.objective for t in longer.trials]

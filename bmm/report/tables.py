@@ -26,17 +26,17 @@ def percent(value: float, error: float | None = None) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right-aligned; padded to read as plain text."""
-    widths = [max(len(str(r[c])) for r in [header, *rows]) for c in range(len(header))]
+    """A Markdown table, padded to read as plain text; columns of numbers are right-aligned, others left-aligned."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(c[:1].isdigit() or c in ("", "-") for c in column[1:]) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            str(c).ljust(w) if n == 0 else str(c).rjust(w) for n, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric, strict=True)]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join(("-" * (w + 2)) if n == 0 else ("-" * (w + 1) + ":") for n, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    rule = ["-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric, strict=True)]
+    return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, rows)])
 
 
 def score_table(models: Mapping[str, Sequence[Score]]) -> str:
