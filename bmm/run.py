@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .recipe import Recipe, load_function
 from .records import Score
 
 ModelBuilder = Callable[[], nn.Module]
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -99,46 +100,51 @@ class Run:
             self.tasks = [by_name[name] for name in self.experts]
         self._builder = model
         self._skeleton: nn.Module | None = None
+        self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
         self.pool.check_finite(lambda done, total: progress("check", done, total))
 
     @property
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
+            names: dict[str, str] = {}
             if self._builder is not None:
                 model = self._builder()
             elif self.recipe.model == "transformers":
-                model = from_transformers(self.recipe.base)
+                model, names = from_transformers(self.recipe.base)
             else:
                 model = load_function(self.recipe.model, "model")()
             if not isinstance(model, nn.Module):
                 raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
-            shapes = self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names})
+            self._in_model = {stored: own for stored, own in names.items() if stored != own}
+            shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
             check_skeleton(model, list(shapes), shapes)
             self._skeleton = model.to(self.device).eval().requires_grad_(False)
         return self._skeleton
+
+    def _renamed(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """The same values under the model's names."""
+        return {self._in_model.get(name, name): value for name, value in tensors.items()}
 
     # -- Grams ---------------------------------------------------------------------------------------------------
 
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
         store = GramStore(cache_folder(self.recipe) / "grams")
-        names = set(self.pool.float_names)
+        skeleton = self.skeleton
+        stored = {own: name for name, own in self._in_model.items()}
+        names = {self._in_model.get(n, n) for n in self.pool.float_names}
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
             batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
             weights = expert.fingerprint() if isinstance(expert, Checkpoint) else fingerprint_tensors(expert)
-            key = fingerprint(weights, _flat(batches), {"code": _source(task.forward), "model": _source(self.skeleton)})
+            key = fingerprint(weights, _flat(batches), {"code": _source(task.forward), "model": _source(skeleton)})
             grams = store.load(key)
             if grams is None:
-                with swapped(self.skeleton, expert, self.device), torch.inference_mode():
-                    grams = collect(
-                        self.skeleton,
-                        task.forward,
-                        (to_device(b, self.device) for b in batches),
-                        names=names,
-                    )
+                with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
+                    inputs = (to_device(b, self.device) for b in batches)
+                    grams = collect(skeleton, task.forward, inputs, names=names).renamed(stored)
                 with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
                     store.save(key, grams)
             found.append(grams)
@@ -194,7 +200,9 @@ class Run:
         if self._builder is None and not self.recipe.tasks and not self.tasks:
             return []
         modules = self.skeleton.named_modules()
-        names = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]
+        stored = {own: name for name, own in self._in_model.items()}
+        weights = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]
+        names = [stored.get(w, w) for w in weights]
         return [n for n in names if n in self.pool.base]
 
     def prepare(self) -> PreparedModel:
@@ -225,7 +233,7 @@ class Run:
         """Scores of one model on every task (or the given ones)."""
         return score_tasks(
             self.skeleton,
-            self.pool.with_ties(tensors),
+            self._renamed(self.pool.with_ties(tensors)),
             self.tasks if tasks is None else tasks,
             split,
             device=self.device,

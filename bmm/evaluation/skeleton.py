@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..errors import RecipeError
 
 
-def from_transformers(folder: str | Path) -> nn.Module:
-    """The architecture named in ``folder/config.json``, with untrained weights.
+def from_transformers(folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
+    """The architecture named in ``folder/config.json``, with untrained weights, and `stored_names` of it.
 
     Raises:
         RecipeError: no config, no architecture in it, transformers not installed, or it does not know the class.
@@ -33,4 +34,34 @@ def from_transformers(folder: str | Path) -> nn.Module:
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", hint)
-    return kind(kind.config_class.from_pretrained(str(folder)))
+    model = kind(kind.config_class.from_pretrained(str(folder)))
+    return model, stored_names(model)
+
+
+def stored_names(model: nn.Module) -> dict[str, str]:
+    """Checkpoint name -> model name of every weight: transformers 5 stores some architectures under older names.
+
+    The renaming is transformers' own, applied to placeholders that know where they come from. A weight that is stored
+    split, fused or transposed has no single place in the model.
+
+    Raises:
+        RecipeError: such a weight, by name.
+    """
+    own = model.state_dict()
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5 both names are one
+        return {name: name for name in own}
+    order = list(own)
+    # A zero-stride tensor that holds its own index takes no memory, whatever the model's size.
+    marked = {n: torch.tensor(float(k), dtype=torch.float64).expand(own[n].shape) for k, n in enumerate(order)}
+    names = {}
+    for stored, tensor in revert_weight_conversion(model, marked).items():  # type: ignore[arg-type]
+        source = order[int(tensor.flatten()[0])] if tensor.numel() else stored
+        if tensor.shape != own[source].shape or not bool((tensor == tensor.flatten()[0]).all()):
+            raise RecipeError(
+                f"{stored} is stored in another form than {type(model).__name__} computes with",
+                "give model: FILE.py:FUNCTION, a module whose parameters are exactly the checkpoint's",
+            )
+        names[stored] = source
+    return names

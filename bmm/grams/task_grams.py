@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -39,6 +40,22 @@ class TaskGrams:
         if name in self.skipped:
             raise GramError(f"{name} has no Gram: {self.skipped[name]}", "the module keeps the anchor")
         raise GramError(f"no weight {name}", did_you_mean(name, self.key_of))
+
+    def renamed(self, names: Mapping[str, str]) -> TaskGrams:
+        """The same Grams with parameters called by their new names; names that are not listed stay."""
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        return TaskGrams(
+            grams={new(k): g for k, g in self.grams.items()},
+            key_of={new(n): new(k) for n, k in self.key_of.items()},
+            count={new(k): c for k, c in self.count.items()},
+            has_bias={new(k): b for k, b in self.has_bias.items()},
+            bias_of={new(n): new(b) for n, b in self.bias_of.items()},
+            layout={new(n): kind for n, kind in self.layout.items()},
+            skipped={new(n): why for n, why in self.skipped.items()},
+        )
 
     def to(self, dtype: torch.dtype) -> TaskGrams:
         """The same record with Grams in ``dtype``: float32 halves the memory of float64."""

@@ -160,7 +160,11 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def started(recipe, out, budget):
     command = [*BMM, "tune", "--recipe", str(recipe), "--budget", str(budget), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    # A shell that runs the tests in the background has them ignore SIGINT; the command must not inherit that.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for_trials(process, count):
