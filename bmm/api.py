@@ -17,7 +17,7 @@ from .notation import StateDict
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .run import ModelBuilder, Progress, Run, silent
+from .run import ModelBuilder, Progress, Run, anchor_needs_grams, silent
 from .search.database import StudyDatabase
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
 
@@ -118,9 +118,10 @@ def merge(
     chosen = make_recipe(recipe, **keys, **_targets(tasks, model)).relative_to(Path.cwd())
     if point is None and lam is None and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
-    needs_tasks = chosen.grams != "datafree" or chosen.anchor == "regmean"
+    plain = point is None and lam is None
+    needs_tasks = anchor_needs_grams(chosen.anchor) or (not plain and chosen.grams != "datafree")
     run = _open(chosen, tasks, model, progress, need_tasks=needs_tasks)
-    if point is None and lam is None:
+    if plain:
         return run.pool.with_ties(run.anchor())
     prepared = run.prepare()
     point = point or Hyperparameters(_spread(lam, prepared.groups, "lam"), _spread(rho, prepared.groups, "rho"))
@@ -134,8 +135,7 @@ def merge(
 
 def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
     """The anchor method alone, from disk to disk with one module in memory at a time."""
-    needs = not recipe.anchor.startswith("path:") and recipe.anchor == "regmean"
-    run = _open(recipe, tasks, model, progress, need_tasks=needs)
+    run = _open(recipe, tasks, model, progress, need_tasks=anchor_needs_grams(recipe.anchor))
     total = len(run.pool.names)
     card = merge_card(
         f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),

@@ -50,6 +50,11 @@ def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.cache or os.environ.get("BMM_CACHE", "") or Path.home() / ".cache" / "bmm")
 
 
+def anchor_needs_grams(anchor: str) -> bool:
+    """Whether the anchor itself is made of activation statistics, and so needs tasks with calibration inputs."""
+    return not anchor.startswith("path:") and "grams" in anchors.get(anchor).needs
+
+
 class Run:
     """A recipe opened: base and experts that agree, tasks that can be scored, a model to run them in.
 
@@ -180,9 +185,8 @@ class Run:
         dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """A registered merge, tensor by tensor, reading each from disk as it comes."""
-        method = anchors.get(name)
         statistics = None
-        if "grams" in method.needs:
+        if anchor_needs_grams(name):
             statistics = anchor_grams(grams if grams is not None else self.collect_grams())
         return anchors.merge_stream(
             name,
@@ -208,9 +212,7 @@ class Run:
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
         recipe = self.recipe
-        needs = recipe.grams != "datafree" or (
-            not recipe.anchor.startswith("path:") and "grams" in anchors.get(recipe.anchor).needs
-        )
+        needs = recipe.grams != "datafree" or anchor_needs_grams(recipe.anchor)
         grams = self.collect_grams() if needs else None
         return prepare_model(
             self.pool,
@@ -296,4 +298,4 @@ def _source(thing: Any) -> str:
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
-__all__ = ["ModelBuilder", "Progress", "Run", "cache_folder", "silent", "stopwatch"]
+__all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs_grams", "cache_folder", "silent", "stopwatch"]

@@ -188,3 +188,10 @@ def test_relative_paths_survive_a_change_of_folder(family, tmp_path, monkeypatch
     assert len(longer.trials) == 4
     again = bmm.tune(bmm.Recipe.load("r/model/bmm_recipe.yaml"), budget=4, out=str(tmp_path / "again"))
     assert [t.objective for t in again.trials] == [t.objective for t in longer.trials]
+
+
+def test_a_plain_merge_needs_no_tasks(family):
+    merged = bmm.merge(base=str(family.base), experts=family.experts, anchor="ties")
+    assert set(merged) == set(load_file(family.base / "model.safetensors"))
+    with pytest.raises(RecipeError, match="no tasks"):
+        bmm.merge(base=str(family.base), experts=family.experts, anchor="ties", lam=1.0)
