@@ -22,7 +22,7 @@ import torch
 
 import bmm
 from bmm.recipe import Recipe
-from bmm.report import markdown, mean_and_error, percent
+from bmm.report import gap_error, markdown, mean_and_error, percent
 from bmm.run import Run
 from bmm.tuning import load_result
 
@@ -72,11 +72,8 @@ def cell(results: list[bmm.StudyResult]) -> tuple[str, str]:
     error = mean_and_error(results[0].test["best"])[1]
     shares = [r.gap_closed() for r in results]
     spread = f" (sd {100 * statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    # Paired difference on the same inputs: its error is that of the discordant share, bounded by both errors' sum.
-    gap = results[0].mean("experts") - results[0].mean("anchor")
-    share_error = math.hypot(error, mean_and_error(results[0].test["anchor"])[1]) / gap if gap > 0 else math.nan
     closed = statistics.mean(shares)
-    text = "-" if math.isnan(closed) else f"{100 * closed:.0f} ± {100 * share_error:.0f} %"
+    text = "-" if math.isnan(closed) else f"{100 * closed:.0f} ± {100 * gap_error(results[0], 'test'):.0f} %"
     return percent(statistics.mean(values), error) + spread, text
 
 

@@ -116,9 +116,9 @@ def merge(
         point = (result.best if trial is None else rows[trial]).hyperparameters
         recipe = {k: v for k, v in result.recipe.items() if k != "out"}
     chosen = make_recipe(recipe, **keys, **_targets(tasks, model)).relative_to(Path.cwd())
-    if point is None and lam is None and out is not None:
-        return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     plain = point is None and lam is None
+    if plain and out is not None:
+        return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = anchor_needs_grams(chosen.anchor) or (not plain and chosen.grams != "datafree")
     run = _open(chosen, tasks, model, progress, need_tasks=needs_tasks)
     if plain:

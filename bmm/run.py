@@ -106,6 +106,7 @@ class Run:
         self._builder = model
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
+        self._stored: dict[str, str] = {}  # and back
         self.pool.check_finite(lambda done, total: progress("check", done, total))
 
     @property
@@ -122,6 +123,7 @@ class Run:
             if not isinstance(model, nn.Module):
                 raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
+            self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
             check_skeleton(model, list(shapes), shapes)
             self._skeleton = model.to(self.device).eval().requires_grad_(False)
@@ -137,7 +139,6 @@ class Run:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
         store = GramStore(cache_folder(self.recipe) / "grams")
         skeleton = self.skeleton
-        stored = {own: name for name, own in self._in_model.items()}
         names = {self._in_model.get(n, n) for n in self.pool.float_names}
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
@@ -149,7 +150,7 @@ class Run:
             if grams is None:
                 with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
                     inputs = (to_device(b, self.device) for b in batches)
-                    grams = collect(skeleton, task.forward, inputs, names=names).renamed(stored)
+                    grams = collect(skeleton, task.forward, inputs, names=names).renamed(self._stored)
                 with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
                     store.save(key, grams)
             found.append(grams)
@@ -204,9 +205,8 @@ class Run:
         if self._builder is None and not self.recipe.tasks and not self.tasks:
             return []
         modules = self.skeleton.named_modules()
-        stored = {own: name for name, own in self._in_model.items()}
         weights = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]
-        names = [stored.get(w, w) for w in weights]
+        names = [self._stored.get(w, w) for w in weights]
         return [n for n in names if n in self.pool.base]
 
     def prepare(self) -> PreparedModel:

@@ -57,8 +57,11 @@ def stored_names(model: nn.Module) -> dict[str, str]:
     marked = {n: torch.tensor(float(k), dtype=torch.float64).expand(own[n].shape) for k, n in enumerate(order)}
     names = {}
     for stored, tensor in revert_weight_conversion(model, marked).items():  # type: ignore[arg-type]
-        source = order[int(tensor.flatten()[0])] if tensor.numel() else stored
-        if tensor.shape != own[source].shape or not bool((tensor == tensor.flatten()[0]).all()):
+        mark = tensor[(0,) * tensor.dim()]
+        source = order[int(mark)]
+        # A mere renaming keeps the zero strides; only what was rebuilt has to be read.
+        uniform = not any(tensor.stride()) or bool((tensor == mark).all())
+        if tensor.shape != own[source].shape or not uniform:
             raise RecipeError(
                 f"{stored} is stored in another form than {type(model).__name__} computes with",
                 "give model: FILE.py:FUNCTION, a module whose parameters are exactly the checkpoint's",

@@ -95,16 +95,24 @@ def trial_table(trials: Sequence[Trial]) -> str:
     return markdown(["trial", "kind", "status", "objective", "best", "suggest s", "evaluate s"], rows)
 
 
+def gap_error(result: StudyResult, split: Literal["validation", "test"]) -> float:
+    """Standard error of the share of the gap closed; NaN where the experts do not beat the anchor.
+
+    Best and anchor are scored on the same inputs: treating them as independent overstates the error.
+    """
+    scores = getattr(result, split)
+    gap = result.mean("experts", split) - result.mean("anchor", split)
+    errors = [mean_and_error(scores[m])[1] for m in ("best", "anchor")]
+    return math.hypot(*errors) / gap if gap > 0 else math.nan
+
+
 def gap_line(result: StudyResult, split: Literal["validation", "test"]) -> str:
     """The share of the gap between anchor and experts that the tuned merge closes, with its standard error."""
     share = result.gap_closed(split)
     if math.isnan(share):
         return f"gap closed on {split}: not defined (the experts do not beat the anchor)"
-    scores = getattr(result, split)
-    gap = result.mean("experts", split) - result.mean("anchor", split)
-    # Difference of two accuracies on the same inputs: treating them as independent overstates the error.
-    errors = [mean_and_error(scores[m])[1] for m in ("best", "anchor")]
-    return f"gap closed on {split}: {100 * share:.1f} % ± {100 * math.hypot(*errors) / gap:.1f} of anchor to experts"
+    error = gap_error(result, split)
+    return f"gap closed on {split}: {100 * share:.1f} % ± {100 * error:.1f} of anchor to experts"
 
 
 def text_report(result: StudyResult) -> str:

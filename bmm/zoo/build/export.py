@@ -69,9 +69,10 @@ def conditions(work: Path, names: tuple[str, ...]) -> dict[str, float]:
     """
     base, heads = train.base_and_heads(work)
     experts = {n: train.expert(work, n) for n in names}
+    splits = {n: {part: task_splits(work, n)[part] for part in ("validation", "test")} for n in names}
 
     def mean(state_of: Callable[[str], StateDict], part: str) -> float:
-        return sum(train.accuracy(state_of(n), heads[n], task_splits(work, n)[part]) for n in names) / len(names)
+        return sum(train.accuracy(state_of(n), heads[n], splits[n][part]) for n in names) / len(names)
 
     def merged(scale: float) -> StateDict:
         return merge("task_arithmetic", base, list(experts.values()), dtype=torch.float32, scale=scale)
