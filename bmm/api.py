@@ -17,7 +17,7 @@ from .notation import StateDict
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .run import ModelBuilder, Progress, Run, anchor_needs_grams, silent
+from .run import ModelBuilder, Progress, Run, anchor_needs, silent
 from .search.database import StudyDatabase
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
 
@@ -119,10 +119,10 @@ def merge(
     plain = point is None and lam is None
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
-    needs_tasks = anchor_needs_grams(chosen.anchor) or (not plain and chosen.grams != "datafree")
+    needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
     run = _open(chosen, tasks, model, progress, need_tasks=needs_tasks)
     if plain:
-        return run.pool.with_ties(run.anchor())
+        return run.pool.with_ties(run.anchor(strict=True))
     prepared = run.prepare()
     point = point or Hyperparameters(_spread(lam, prepared.groups, "lam"), _spread(rho, prepared.groups, "rho"))
     tensors = prepared.merge(point)
@@ -135,7 +135,7 @@ def merge(
 
 def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
     """The anchor method alone, from disk to disk with one module in memory at a time."""
-    run = _open(recipe, tasks, model, progress, need_tasks=anchor_needs_grams(recipe.anchor))
+    run = _open(recipe, tasks, model, progress, need_tasks=bool(anchor_needs(recipe.anchor)))
     total = len(run.pool.names)
     card = merge_card(
         f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),
@@ -147,7 +147,7 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
         return write_model(run, run.anchor(), out, card, overwrite=overwrite)
 
     def counted() -> Any:
-        for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs)):
+        for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, strict=True)):
             yield pair
             progress("merge", done + 1, total, pair[0])
 

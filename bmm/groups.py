@@ -68,6 +68,27 @@ def depth_of(parameter: str) -> int | None:
     return None
 
 
+def relative_depths(parameters: Iterable[str]) -> dict[str, float]:
+    """Where in the model each parameter sits: 0 for the first block and what feeds it, 1 for the last and what follows.
+
+    What carries no block index counts as input (0) if its name speaks of embeddings, patches, positions or a stem, and
+    as output (1) otherwise; a model without any block is all 1.
+    """
+    names = list(parameters)
+    ranks = {d: n for n, d in enumerate(sorted({d for d in map(depth_of, names) if d is not None}))}
+
+    def place(name: str) -> float:
+        depth = depth_of(name)
+        if depth is not None:
+            return ranks[depth] / max(len(ranks) - 1, 1) if len(ranks) > 1 else 1.0
+        return 0.0 if ranks and _ENTRANCE.search(name.lower()) else 1.0
+
+    return {name: place(name) for name in names}
+
+
+_ENTRANCE = re.compile(r"emb|patch|stem|cls|class_token|pos_|position|conv1|ln_pre|pre_layer|prenet|wte|wpe|token")
+
+
 def search_groups(
     weights: Iterable[str],
     scheme: str = "depth",

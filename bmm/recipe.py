@@ -48,7 +48,7 @@ class Recipe:
     calibration: int = _key(64, "Calibration inputs a task for data-driven Grams.", low=1)
     normalise: str = _key("trace", "Scale every Gram to mean eigenvalue 1, or leave it.", choices=NORMALISE)
     weights: dict[str, float] = _key(
-        dict, "Task weights in regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
+        dict, "Task weights in merge, regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
     )
     groups: str = _key("depth", "What shares one (lam, rho) pair.", choices=SCHEMES)
     bands: int = _key(4, "Depth bands when groups is depth or bands.", low=1)
@@ -134,9 +134,17 @@ class Recipe:
         elif self.knobs:
             raise RecipeError(f"{where}: an anchor read from a path takes no knobs", "drop knobs")
         for name, weight in self.weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite and >= 0")
+            if not math.isfinite(weight):
+                raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite numbers")
         return self
+
+    def require_evidence(self) -> None:
+        """Raise `RecipeError` for weights BMM cannot use: its regression weighs evidence."""
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise RecipeError(
+                    f"weight of {name} is {weight}: BMM takes none below 0", "negative weights are for plain merges"
+                )
 
 
 def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str) -> Any:

@@ -50,9 +50,9 @@ def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.cache or os.environ.get("BMM_CACHE", "") or Path.home() / ".cache" / "bmm")
 
 
-def anchor_needs_grams(anchor: str) -> bool:
-    """Whether the anchor itself is made of activation statistics, and so needs tasks with calibration inputs."""
-    return not anchor.startswith("path:") and "grams" in anchors.get(anchor).needs
+def anchor_needs(anchor: str) -> frozenset[str]:
+    """The statistics the anchor itself is made of; with any of them it needs tasks."""
+    return frozenset() if anchor.startswith("path:") else anchors.get(anchor).needs
 
 
 class Run:
@@ -162,9 +162,13 @@ class Run:
     # -- merges --------------------------------------------------------------------------------------------------
 
     def anchor(
-        self, name: str | None = None, knobs: Mapping[str, Any] | None = None, grams: Sequence[TaskGrams] | None = None
+        self,
+        name: str | None = None,
+        knobs: Mapping[str, Any] | None = None,
+        grams: Sequence[TaskGrams] | None = None,
+        strict: bool = False,
     ) -> StateDict:
-        """The anchor's tensors in float32: a registered merge, or a checkpoint (``path:FOLDER``)."""
+        """The anchor's tensors in float32: a registered merge (`anchor_stream`) or a checkpoint (``path:FOLDER``)."""
         name = name or self.recipe.anchor
         knobs = self.recipe.knobs if knobs is None else knobs
         if name.startswith("path:"):
@@ -173,7 +177,7 @@ class Run:
             pool.check_finite()
             return {n: _widen(pool.experts[0][n]) for n in self.pool.names}
         out = {}
-        for done, (key, tensor) in enumerate(self.anchor_stream(name, knobs, grams, torch.float32)):
+        for done, (key, tensor) in enumerate(self.anchor_stream(name, knobs, grams, torch.float32, strict)):
             out[key] = tensor
             self.progress("anchor", done + 1, len(self.pool.names), name)
         return out
@@ -184,21 +188,31 @@ class Run:
         knobs: Mapping[str, Any],
         grams: Sequence[TaskGrams] | None = None,
         dtype: torch.dtype | None = None,
+        strict: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """A registered merge, tensor by tensor, reading each from disk as it comes."""
-        statistics = None
-        if anchor_needs_grams(name):
-            statistics = anchor_grams(grams if grams is not None else self.collect_grams())
+        """A registered merge, tensor by tensor, reading each from disk as it comes.
+
+        Task weights enter where the method takes them; ``strict`` refuses them where it does not.
+        """
+        weighted = any(a != 1 for a in self.weights) and (strict or anchors.get(name).weights)
         return anchors.merge_stream(
             name,
             self.pool.base,
             self.pool.experts,
-            grams=statistics,
+            weights=self.weights if weighted else None,
+            **self.statistics(name, grams),
             transposed=self._transposed(),
             device=self.device,
             dtype=dtype,
             **knobs,
         )
+
+    def statistics(self, name: str, grams: Sequence[TaskGrams] | None = None) -> dict[str, Any]:
+        """What the method needs besides the weights, as keyword arguments of `bmm.anchors.merge_stream`."""
+        found: dict[str, Any] = {}
+        if "grams" in anchors.get(name).needs:
+            found["grams"] = anchor_grams(grams if grams is not None else self.collect_grams())
+        return found
 
     def _transposed(self) -> list[str]:
         """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
@@ -212,7 +226,8 @@ class Run:
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
         recipe = self.recipe
-        needs = recipe.grams != "datafree" or anchor_needs_grams(recipe.anchor)
+        recipe.require_evidence()
+        needs = recipe.grams != "datafree" or "grams" in anchor_needs(recipe.anchor)
         grams = self.collect_grams() if needs else None
         return prepare_model(
             self.pool,
@@ -298,4 +313,4 @@ def _source(thing: Any) -> str:
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
-__all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs_grams", "cache_folder", "silent", "stopwatch"]
+__all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs", "cache_folder", "silent", "stopwatch"]

@@ -63,6 +63,7 @@ def tune_recipe(
     """
     # Absolute paths: the recipe travels with the study and the model, and is used from other folders.
     recipe = replace(recipe.relative_to(Path.cwd()), out=recipe.out or default_out(recipe))
+    recipe.require_evidence()
     out = Path(recipe.out)
     if not resume and (out / STUDY).exists():
         raise StudyError(

@@ -15,11 +15,11 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["notation", "records"],
-    ["linalg"],
+    ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],
     ["anchors"],
-    ["solver", "groups"],
+    ["solver"],
     ["evaluation"],
     ["merging"],
     ["search"],

@@ -29,7 +29,7 @@ def test_defaults_round_trip_through_yaml(tmp_path):
         ({"rho": 3}, "two numbers", ""),
         ({"experts": ["a"]}, "mapping", ""),
         ({"skip": "classifier.*"}, "list", ""),
-        ({"weights": {"a": -1}}, "weight of a", ">= 0"),
+        ({"weights": {"a": float("nan")}}, "weight of a", "finite"),
         ({"zoo": "vit8", "base": "x"}, "exclude", ""),
         ({"anchor": "path:x", "knobs": {"scale": 1}}, "no knobs", ""),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError, did_you_mean
+from ..notation import Tensors
 
 KnobValue = float | int | str
 
@@ -25,8 +26,18 @@ TaskVectors = Iterable[tuple[str, Tensor]]
 Kernel = Callable[..., Tensor]
 """``kernel(taus (T, *shape), context, **knobs) -> d (*shape)``: pure, and blind to the knobs marked `Knob.linear`."""
 
-Scan = Callable[[TaskVectors, Mapping[str, Any]], Any]
-"""``scan(task_vectors, knobs) -> state``: what a kernel must know of the whole model, found before the first tensor."""
+Scan = Callable[[TaskVectors, Mapping[str, Any], "Whole"], Any]
+"""``scan(task_vectors, knobs, whole) -> state``: what a kernel must know of the whole model, found before the first
+tensor."""
+
+NEEDS = {
+    "grams": "Gram matrices of every module's inputs (calibration inputs)",
+    "fisher": "a diagonal Fisher for every expert (calibration inputs)",
+    "base_fisher": "a diagonal Fisher of the base (calibration inputs)",
+    "sequential_grams": "Gram matrices of the merged model's own inputs, layer by layer (calibration inputs)",
+    "score": "a score of candidate models (validation data)",
+}
+"""Statistics a method may need besides the weights."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,31 @@ class Knob:
 class Context:
     """What a kernel may look at besides the task vectors of its tensor.
 
-    ``w0`` is the base's tensor, in the shape, dtype and device of one task vector; ``grams`` the T Grams (i, i) of the
-    inputs of this weight, or None where there are none; ``state`` what the method's scan returned, else None.
+    ``w0`` is the base's tensor, in the shape, dtype and device of one task vector; ``weights`` (T,) the task weights
+    a_t, ones unless the user gave some; ``grams`` the T Grams (i, i) of the inputs of this weight, ``fisher``
+    (T, *shape) and ``base_fisher`` (*shape) the diagonal Fishers of experts and base, each None where there is none;
+    ``depth`` where in the model the tensor sits, 0 (input) to 1 (output); ``state`` what the scan returned, else None.
     """
 
     name: str
     w0: Tensor
+    weights: Tensor
     grams: tuple[Tensor, ...] | None = None
+    fisher: Tensor | None = None
+    base_fisher: Tensor | None = None
+    depth: float = 0.0
     state: Any = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a scan may look at besides the task vectors: task weights (T,), the models themselves (perhaps on disk:
+    reading costs), and the score of a candidate model where the method asked for one."""
+
+    weights: Tensor
+    base: Tensors
+    experts: Sequence[Tensors]
+    score: Callable[[Tensors], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +124,12 @@ class Anchor:
 
     ``paper`` is "arXiv id, short title". ``matrices``: the kernel is defined on matrices; it is given taus (T, o, i),
     and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead. ``needs`` names
-    the statistics the method cannot do without: a subset of {"grams"}. ``scan``, where given, runs once before the
-    first tensor is merged.
+    the statistics the method cannot do without, keys of `NEEDS`. ``scan``, where given, runs once before the first
+    tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
+    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+
+    ``formula``, ``cost`` and ``when`` are for the reader: the formula in words and symbols, what one (o, i) matrix
+    costs for T experts, and when to choose the method.
     """
 
     name: str
@@ -109,6 +141,11 @@ class Anchor:
     matrices: bool = False
     needs: frozenset[str] = frozenset()
     scan: Scan | None = None
+    weights: Literal["", "positive", "any"] = ""
+    experts: tuple[int, int | None] = (1, None)
+    formula: str = ""
+    cost: str = ""
+    when: str = ""
 
     @property
     def linear(self) -> Knob | None:
@@ -119,6 +156,25 @@ class Anchor:
     def defaults(self) -> dict[str, KnobValue]:
         """Default value by knob name."""
         return {knob.name: knob.default for knob in self.knobs}
+
+
+def weighted_mean(taus: Tensor, weights: Tensor) -> Tensor:
+    """``sum_t a_t tau_t / sum_t |a_t|``, (T, *shape) -> (*shape); with equal positive weights exactly the mean."""
+    if bool((weights == weights[0]).all()) and bool(weights[0] > 0):
+        return taus.mean(0)
+    return weighted_sum(taus, weights) / weights.abs().sum()
+
+
+def weighted_sum(taus: Tensor, weights: Tensor) -> Tensor:
+    """``sum_t a_t tau_t``, (T, *shape) -> (*shape); with weights of 1 exactly the sum."""
+    return scaled(taus, weights).sum(0)
+
+
+def scaled(taus: Tensor, weights: Tensor) -> Tensor:
+    """``a_t tau_t``, (T, *shape) both ways; the very same tensor with weights of 1."""
+    if bool((weights == 1).all()):
+        return taus
+    return taus * weights.to(taus).view(-1, *[1] * (taus.dim() - 1))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .anchor import Context, TaskVectors, named_generator
+from .anchor import Context, TaskVectors, Whole, named_generator
 from .task_arithmetic import task_arithmetic
 from .ties import TiesState, scan_ties, ties
 
@@ -50,9 +50,9 @@ class _Dropped:
             yield name, drop_and_rescale(taus, name, self.drop, self.seed)
 
 
-def scan_dare_ties(stream: TaskVectors, knobs: Mapping[str, Any]) -> TiesState:
+def scan_dare_ties(stream: TaskVectors, knobs: Mapping[str, Any], whole: Whole) -> TiesState:
     """`scan_ties` of the task vectors that dropping leaves."""
-    return scan_ties(_Dropped(stream, knobs["drop"], knobs["seed"]), knobs)
+    return scan_ties(_Dropped(stream, knobs["drop"], knobs["seed"]), knobs, whole)
 
 
 def dare_ta(taus: Tensor, context: Context, *, drop: float, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import svd
-from .anchor import Context
+from .anchor import Context, scaled
 from .tsv import evidence, whiten
 
 
@@ -16,6 +16,7 @@ def iso_c(taus: Tensor, context: Context) -> Tensor:
     A sum of full rank is treated as published. In a sum of lower rank (LoRA experts) the remaining singular vectors are
     arbitrary: they are left out, of ``d`` and of the mean, which keeps the nuclear norm of the sum.
     """
+    taus = scaled(taus, context.weights)
     u, s, vh = svd(taus.sum(0), context.name)  # (o, r), (r,), (r, i)
     keep = evidence(s, taus.shape[1:], _norms(taus).sum())
     if not keep.any():
@@ -32,6 +33,7 @@ def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
     one scale, the mean of the collected singular values. Directions of zero singular value are left out, as in `iso_c`.
     With no slots for the tasks, and with one expert, this is `iso_c`.
     """
+    taus = scaled(taus, context.weights)
     slots = min(taus.shape[1:])
     own = min(round((1 - common_share) * slots / len(taus)), slots // len(taus))
     common = slots - own * len(taus)

@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 from ..linalg import eigh_psd
-from .anchor import Context
+from .anchor import Context, weighted_mean
 
 
 def regmean(taus: Tensor, context: Context, *, off_diagonal: float) -> Tensor:
-    """``W = (sum_t W_t G_t) (sum_t G_t)^-1`` (arXiv 2212.09849): ``taus`` (T, o, i) -> (o, i).
+    """``W = (sum_t a_t W_t G_t) (sum_t a_t G_t)^-1`` (arXiv 2212.09849): ``taus`` (T, o, i) -> (o, i).
 
     Off-diagonal entries of every Gram are first scaled by ``off_diagonal``. Task vectors may stand for weights because
     the base cancels. Solved in float64 as a correction of the mean,
 
-        d = mean + [sum_t (tau_t - mean) G_t] (sum_t G_t)^+
+        d = mean + [sum_t a_t (tau_t - mean) G_t] (sum_t a_t G_t)^+
 
     so that directions no task's inputs have, and matrices without Grams, are averaged; zero Grams contribute nothing.
     One expert gives that expert.
     """
-    mean = taus.mean(0)  # (o, i)
+    mean = weighted_mean(taus, context.weights)  # (o, i)
     if context.grams is None:
         return mean
     pooled = taus.new_zeros(taus.shape[2], taus.shape[2], dtype=torch.float64)  # (i, i)
     moment = torch.zeros_like(mean, dtype=torch.float64)  # (o, i)
-    for tau, raw in zip(taus, context.grams, strict=True):
+    for tau, raw, weight in zip(taus, context.grams, context.weights.tolist(), strict=True):
         wide = raw.double()
-        gram = off_diagonal * wide + (1 - off_diagonal) * wide.diagonal().diag()  # (i, i)
+        gram = weight * (off_diagonal * wide + (1 - off_diagonal) * wide.diagonal().diag())  # (i, i)
         pooled += gram
         moment += (tau.double() - mean.double()) @ gram
     e, u = eigh_psd(pooled, f"{context.name}, pooled Gram")  # (i,), (i, i)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MergeError
+from ..groups import relative_depths
 from ..linalg import require_finite
 from ..notation import StateDict, Tensors
-from .anchor import Anchor, Context, KnobValue, matrix_shape
+from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weighted_mean
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
 from .registry import get, resolve_knobs
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of experts and base for methods that need it (``Anchor.needs``); all of it may be missing.
+
+    ``grams``: parameter name -> T Grams (i, i) of the inputs of that weight; (i + 1, i + 1) where a bias joins, of
+    which the weight's block is used. ``fisher``: T mappings from parameter name to a diagonal Fisher in the
+    parameter's shape; ``base_fisher`` the same for the base. ``score``: how good a model is, higher is better, given
+    its tensors by name.
+    """
+
+    grams: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    fisher: Sequence[Tensors] = ()
+    base_fisher: Tensors | None = None
+    score: Callable[[Tensors], float] | None = None
+
+    def has(self, need: str, names: Collection[str]) -> bool:
+        """Whether the statistic of that name is there for at least one of the parameters."""
+        if need in ("grams", "sequential_grams"):
+            return not set(names).isdisjoint(self.grams)
+        return bool(self.fisher) if need == "fisher" else getattr(self, need) is not None
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,7 +49,7 @@ def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grams_of(
-    name: str, shape: tuple[int, int], stack: Sequence[Tensor], experts: int, device: torch.device
+    name: str, shape: tuple[int, int], stack: Sequence[Tensor], kept: Sequence[int], experts: int, device: torch.device
 ) -> tuple[Tensor, ...]:
     """The T Grams (i, i) of a weight (o, i), checked; the last row and column of a joined bias are cut off."""
     width = shape[1]
@@ -37,39 +61,114 @@ def _grams_of(
                 f"{name}: a Gram is {tuple(gram.shape)}, the weight has {width} inputs",
                 f"it must be ({width}, {width}), one more with a joined bias; name (in, out) weights in `transposed`",
             )
-    return tuple(gram[:width, :width].to(device) for gram in stack)
+    return tuple(stack[t][:width, :width].to(device) for t in kept)
 
 
-def _merge_tensor(
-    anchor: Anchor,
-    knobs: Mapping[str, KnobValue],
-    context: Context,
-    taus: Tensor,
-    grams: Mapping[str, Sequence[Tensor]],
-    transposed: bool,
-) -> Tensor:
-    """The merged task vector (*shape) of one tensor, linear knob included."""
-    inner = {knob.name: knobs[knob.name] for knob in anchor.knobs if not knob.linear}
-    factor = float(knobs[anchor.linear.name]) if anchor.linear else 1.0
-    if not anchor.matrices:
-        return factor * anchor.kernel(taus, context, **inner)
+def _weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:
+    """The task weights (T,), checked against what the method takes."""
+    if given is None:
+        return torch.ones(experts)
+    weights = torch.tensor([float(a) for a in given], dtype=torch.float64)  # (T,)
+    if len(weights) != experts:
+        raise MergeError(f"{len(weights)} task weights for {experts} experts", "give one weight an expert")
+    if not torch.isfinite(weights).all() or not weights.any():
+        raise MergeError(f"task weights {list(given)}", "they are finite numbers, and not all of them 0")
+    if bool((weights == 1).all()):
+        return torch.ones(experts)
+    if not anchor.weights:
+        raise MergeError(f"anchor {anchor.name} takes no task weights", "drop them, or choose another method")
+    if anchor.weights == "positive" and bool((weights < 0).any()):
+        raise MergeError(
+            f"anchor {anchor.name} takes no negative task weight",
+            "task_arithmetic and ties do, for forgetting and for analogies",
+        )
+    return weights
 
-    w0, name = context.w0, context.name
-    if transposed and w0.dim() != 2:
-        raise MergeError(f"{name} is named as transposed but has {w0.dim()} dimensions", "name (in, out) weights only")
-    if transposed:
-        w0, taus = w0.mT, taus.mT
-    shape = matrix_shape(tuple(w0.shape))
-    stack = None
-    if "grams" in anchor.needs and name in grams and w0.dim() >= 2:
-        shape = w0.shape[0], w0[0].numel()  # a Gram says that this is a weight: a leading 1 is one output
-        stack = _grams_of(name, shape, grams[name], len(taus), taus.device)
-    if shape is None:
-        return factor * taus.mean(0)
-    flat = taus.reshape(-1, *shape)  # (T, o, i)
-    d = anchor.kernel(flat, Context(name, w0.reshape(shape), stack, context.state), **inner)  # (o, i)
-    d = factor * d.reshape(w0.shape)
-    return d.mT if transposed else d
+
+def _require_count(anchor: Anchor, experts: int) -> None:
+    fewest, most = anchor.experts
+    if experts < fewest or (most is not None and experts > most):
+        limit = f"exactly {fewest}" if fewest == most else f"at least {fewest}" if most is None else f"at most {most}"
+        raise MergeError(
+            f"anchor {anchor.name} takes {limit} experts, not {experts}", anchor.when or "choose another method"
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One merge: the method with its knobs, what it reads, what it knows."""
+
+    anchor: Anchor
+    knobs: Mapping[str, KnobValue]
+    inputs: Inputs
+    weights: Tensor  # (T,), none of them 0
+    kept: Sequence[int]  # the experts these are, of the `count` that were given
+    count: int
+    statistics: Statistics
+    transposed: frozenset[str]
+    dtype: torch.dtype | None
+
+    def merge(self, context: Context, taus: Tensor) -> Tensor:
+        """The merged task vector (*shape) of one tensor, linear knob included."""
+        anchor, knobs = self.anchor, self.knobs
+        inner = {knob.name: knobs[knob.name] for knob in anchor.knobs if not knob.linear}
+        factor = float(knobs[anchor.linear.name]) if anchor.linear else 1.0
+        if not anchor.matrices:
+            return factor * anchor.kernel(taus, context, **inner)
+
+        w0, name, transposed = context.w0, context.name, context.name in self.transposed
+        if transposed and w0.dim() != 2:
+            raise MergeError(
+                f"{name} is named as transposed but has {w0.dim()} dimensions", "name (in, out) weights only"
+            )
+        if transposed:
+            w0, taus = w0.mT, taus.mT
+        shape = matrix_shape(tuple(w0.shape))
+        stack = None
+        if anchor.needs & {"grams", "sequential_grams"} and name in self.statistics.grams and w0.dim() >= 2:
+            shape = w0.shape[0], w0[0].numel()  # a Gram says that this is a weight: a leading 1 is one output
+            stack = _grams_of(name, shape, self.statistics.grams[name], self.kept, self.count, taus.device)
+        if shape is None:
+            return factor * weighted_mean(taus, context.weights)
+        flat = taus.reshape(-1, *shape)  # (T, o, i)
+
+        def as_matrix(fisher: Tensor | None) -> Tensor | None:
+            turned = fisher.mT if fisher is not None and transposed else fisher
+            return None if turned is None else turned.reshape(*turned.shape[: turned.dim() - w0.dim()], *shape)
+
+        inside = replace(
+            context,
+            w0=w0.reshape(shape),
+            grams=stack,
+            fisher=as_matrix(context.fisher),
+            base_fisher=as_matrix(context.base_fisher),
+        )
+        d = factor * anchor.kernel(flat, inside, **inner).reshape(w0.shape)
+        return d.mT if transposed else d
+
+    def context(self, name: str, w0: Tensor, depth: float, state: Any) -> Context:
+        """What the kernel may look at for one tensor; Fishers are read here, one tensor at a time."""
+        fishers, base_fisher = self.statistics.fisher, self.statistics.base_fisher
+        fisher = None
+        if "fisher" in self.anchor.needs and fishers:
+            fisher = torch.stack([_fisher_of(name, w0, f) for f in fishers])  # (T, *shape)
+        before = None
+        if "base_fisher" in self.anchor.needs and base_fisher is not None:
+            before = _fisher_of(name, w0, base_fisher)
+        return Context(name, w0, self.weights, None, fisher, before, depth, state)
+
+
+def _fisher_of(name: str, w0: Tensor, fisher: Tensors) -> Tensor:
+    """A diagonal Fisher in the shape, dtype and device of ``w0``; zero where a parameter has none."""
+    if name not in fisher:
+        return torch.zeros_like(w0)
+    found = fisher[name].to(w0)
+    if found.shape != w0.shape:
+        raise MergeError(f"{name}: its Fisher is {tuple(found.shape)}, not {tuple(w0.shape)}", "collect it again")
+    require_finite(f"{name}: its Fisher", found)
+    if bool((found < 0).any()):
+        raise MergeError(f"{name}: its Fisher has negative entries", "a Fisher is a mean of squares; collect it again")
+    return found
 
 
 def merge_stream(
@@ -77,7 +176,11 @@ def merge_stream(
     base: Tensors,
     experts: Sequence[Tensors],
     *,
+    weights: Sequence[float] | None = None,
     grams: Mapping[str, Sequence[Tensor]] | None = None,
+    fisher: Sequence[Tensors] = (),
+    base_fisher: Tensors | None = None,
+    score: Callable[[Tensors], float] | None = None,
     transposed: Collection[str] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -91,8 +194,9 @@ def merge_stream(
 
     Parameters
     ----------
-    grams : parameter name -> T Grams (i, i) of the inputs of that weight; (i + 1, i + 1) where a bias joins, of which
-        the weight's block is used. Read by methods that need them (``Anchor.needs``); a weight without is averaged.
+    weights : T task weights a_t, 1 by default; see ``Anchor.weights`` for what a method takes.
+    grams, fisher, base_fisher, score : see `Statistics`; read by methods that need them (``Anchor.needs``). A weight
+        without Grams is averaged, a parameter without Fisher counts as having one of 0.
     transposed : names of weights stored (in, out), as transformers' ``Conv1D`` does.
     device : where the arithmetic runs; results lie where the base's tensors do.
     dtype : of the merged floating tensors, the base's by default. Values beyond its range are clamped to it.
@@ -101,12 +205,20 @@ def merge_stream(
 
     Tensors of integers or booleans are the base's. Arithmetic is in float32 or float64, whatever the storage.
 
-    Raises `MergeError`: at once for an unknown method, knob or value, missing Grams, names that differ, and shapes or
-    kinds that differ between models in memory; when a tensor is read for shapes and kinds of others, NaN and Inf.
+    Raises `MergeError`: at once for an unknown method, knob or value, missing statistics, too few or many experts,
+    weights the method does not take, names that differ, and shapes or kinds that differ between models in memory; when
+    a tensor is read for shapes and kinds of others, NaN and Inf.
     """
     anchor = get(name)
     values = resolve_knobs(anchor, knobs)
     require_agreement(base, experts)
+    _require_count(anchor, len(experts))
+    count = len(experts)
+    task_weights = _weights(anchor, weights, count)
+    kept = task_weights.nonzero()[:, 0].tolist()  # a task of weight 0 is left out, whatever the method
+    experts, task_weights = [experts[t] for t in kept], task_weights[kept]
+    if fisher and len(fisher) != count:
+        raise MergeError(f"{len(fisher)} Fishers for {count} experts", "collect one an expert")
     names = set(base)  # `key in base` would read the tensor of a lazy mapping
     if unknown := set(transposed) - names:
         raise MergeError(
@@ -114,11 +226,10 @@ def merge_stream(
         )
     if dtype is not None and not dtype.is_floating_point:
         raise MergeError(f"dtype is {dtype}", "ask for a floating dtype: float32, float16, bfloat16")
-    if anchor.needs and names.isdisjoint(grams or ()):
-        raise MergeError(
-            f"anchor {name} needs the Grams of the modules' inputs",
-            "collect them first (bmm gram) and give them as grams={parameter name: [T Grams]}",
-        )
+    statistics = Statistics(grams or {}, [fisher[t] for t in kept] if fisher else (), base_fisher, score)
+    for need in sorted(anchor.needs):
+        if not statistics.has(need, names):
+            raise MergeError(f"anchor {name} needs {NEEDS[need]}", _SOURCES[need])
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -126,20 +237,24 @@ def merge_stream(
         raise MergeError(f"device {device!r} cannot be used", "use cpu, or check that torch sees the device") from error
     tied = shared_storage(base, experts)
     inputs = Inputs({key: base[key] for key in base if key not in tied} if tied else base, experts, place, progress)
-    return _run(anchor, values, inputs, grams or {}, frozenset(transposed), dtype, base, tied)
+    job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
+    return _run(job, base, tied)
 
 
-def _run(
-    anchor: Anchor,
-    knobs: dict[str, KnobValue],
-    inputs: Inputs,
-    grams: Mapping[str, Sequence[Tensor]],
-    transposed: frozenset[str],
-    dtype: torch.dtype | None,
-    base: Tensors,
-    tied: dict[str, str],
-) -> Iterator[tuple[str, Tensor]]:
-    state = anchor.scan(inputs, knobs) if anchor.scan else None
+_SOURCES = {
+    "grams": "collect them first (bmm gram) and give them as grams={parameter name: [T Grams]}",
+    "sequential_grams": "use bmm.merge or `bmm merge`, which collect them, or give grams={parameter name: [T Grams]}",
+    "fisher": "use bmm.merge or `bmm merge`, which collect it, or give fisher=[{parameter name: diagonal}] by expert",
+    "base_fisher": "use bmm.merge or `bmm merge`, which collect it, or give base_fisher={parameter name: diagonal}",
+    "score": "use bmm.merge or `bmm merge` with tasks, or give score=function of a model's tensors",
+}
+
+
+def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    anchor, inputs = job.anchor, job.inputs
+    whole = Whole(job.weights, inputs.base, inputs.experts, job.statistics.score)
+    state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
+    depths = relative_depths(base)
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
     for done, name in enumerate(base, 1):
@@ -152,11 +267,10 @@ def _run(
             else:
                 stored, w0, taus = tensors
                 if stored.numel():
-                    context = Context(name, w0, state=state)
-                    d = _merge_tensor(anchor, knobs, context, taus, grams, name in transposed)
+                    d = job.merge(job.context(name, w0, depths[name], state), taus)
                     w0 = (w0 + d).contiguous()
                     require_finite(f"{name}, merged by {anchor.name},", w0)
-                merged = _narrow(w0, dtype or stored.dtype).to(stored.device)
+                merged = _narrow(w0, job.dtype or stored.dtype).to(stored.device)
             if name in targets:
                 shared[name] = merged
         yield name, merged
@@ -164,31 +278,9 @@ def _run(
             inputs.progress("merge", done, len(base))
 
 
-def merge(
-    name: str,
-    base: Tensors,
-    experts: Sequence[Tensors],
-    *,
-    grams: Mapping[str, Sequence[Tensor]] | None = None,
-    transposed: Collection[str] = (),
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-    **knobs: Any,
-) -> StateDict:
-    """The merged model, all of it in memory; arguments, guarantees and errors are those of `merge_stream`.
+def merge(name: str, base: Tensors, experts: Sequence[Tensors], **options: Any) -> StateDict:
+    """The merged model, all of it in memory; options, guarantees and errors are those of `merge_stream`.
 
     >>> merged = merge("ties", base.state_dict(), [a.state_dict(), b.state_dict()], density=0.3)
     """
-    stream = merge_stream(
-        name,
-        base,
-        experts,
-        grams=grams,
-        transposed=transposed,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-        **knobs,
-    )
-    return dict(stream)
+    return dict(merge_stream(name, base, experts, **options))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
-from .anchor import Context, TaskVectors
+from .anchor import Context, TaskVectors, Whole, scaled
 
 LOW_BITS = 16
 HIGH_BINS = 1 << 15  # sign bit aside, a float32 has 31 bits
@@ -37,7 +37,7 @@ class TiesState:
     majority: int
 
 
-def scan_ties(stream: TaskVectors, knobs: Mapping[str, Any]) -> TiesState:
+def scan_ties(stream: TaskVectors, knobs: Mapping[str, Any], whole: Whole) -> TiesState:
     """The cuts for ``knobs["density"]`` and the majority sign of the model; see the head of this file.
 
     Three passes over ``stream``, one where density is 1 and there is nothing to cut.
@@ -45,7 +45,7 @@ def scan_ties(stream: TaskVectors, knobs: Mapping[str, Any]) -> TiesState:
     cuts = global_cuts(stream, knobs["density"]) if knobs["density"] < 1 else None
     balance = 0
     for _, taus in stream:
-        elected = elect(trim(taus, cuts) if cuts else taus)
+        elected = elect(scaled(trim(taus, cuts) if cuts else taus, whole.weights))
         balance += int(elected.sum(dtype=torch.int64))
     return TiesState(cuts or (), (balance > 0) - (balance < 0))
 
@@ -109,14 +109,17 @@ def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mea
 
     ``reduce`` "mean" divides by the number of entries that agree, "sum" does not and wants a smaller scale. Coordinates
     whose trimmed entries cancel take the majority sign of the model, and stay at the base where that is a draw.
+    Task weights multiply the trimmed task vectors; the mean then divides by the sum of ``|a_t|`` over what agrees.
     One expert at density 1 gives that expert.
     """
     state: TiesState = context.state
-    kept = trim(taus, state.cuts) if density < 1 else taus  # (T, *shape)
+    kept = scaled(trim(taus, state.cuts) if density < 1 else taus, context.weights)  # (T, *shape)
     elected = elect(kept)  # (*shape)
     elected = torch.where(elected == 0, elected.new_full((), state.majority), elected)
     agree = (kept.sign() == elected) & (kept != 0)  # (T, *shape)
     total = torch.where(agree, kept, torch.zeros_like(kept)).sum(0, dtype=torch.float64)  # (*shape)
     if reduce == "mean":
-        total = total / agree.sum(0).clamp_min(1)
+        sizes = context.weights.abs().to(total).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
+        count = (agree * sizes).sum(0)  # (*shape)
+        total = total / count.where(count > 0, torch.ones_like(count))
     return total.to(taus.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import svd
-from .anchor import Context
+from .anchor import Context, scaled
 
 
 def evidence(s: Tensor, shape: torch.Size | tuple[int, ...], largest: Tensor | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def tsv(taus: Tensor, context: Context) -> Tensor:
     """
     rank = max(1, min(taus.shape[1:]) // len(taus))
     us, ss, vs = [], [], []
-    for t, tau in enumerate(taus):
+    for t, tau in enumerate(scaled(taus, context.weights)):
         u, s, vh = svd(tau, f"{context.name}, task vector {t}")
         keep = evidence(s, tau.shape)[:rank]  # (r,)
         us.append(u[:, :rank][:, keep])  # (o, r)

@@ -1,7 +1,7 @@
 """WUDI: the merged task vector that interferes least with the tasks' own row spaces.
 
-    objective(d) = sum_t || (d - tau_t) tau_t^T ||_F^2 / || tau_t ||_F^2
-    gradient(d)  = 2 (d A - B),   A = sum_t G_t,  B = sum_t tau_t G_t,  G_t = tau_t^T tau_t / || tau_t ||_F^2
+    objective(d) = sum_t a_t || (d - tau_t) tau_t^T ||_F^2 / || tau_t ||_F^2
+    gradient(d)  = 2 (d A - B),   A = sum_t G_t,  B = sum_t tau_t G_t,  G_t = a_t tau_t^T tau_t / || tau_t ||_F^2
 
 It is a linear least-squares problem. `wudi` takes the published 300 steps of Adam towards its minimum, `wudi_exact`
 solves it. A zero task vector has no row space and leaves no term.
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from ..linalg import eigh_psd
-from .anchor import Context
+from .anchor import Context, weighted_mean, weighted_sum
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's defaults, which the paper uses
 
 
-def normal_equations(taus: Tensor) -> tuple[Tensor, Tensor]:
-    """A (i, i) and B (o, i) of the objective's gradient, for ``taus`` (T, o, i)."""
+def normal_equations(taus: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A (i, i) and B (o, i) of the objective's gradient, for ``taus`` (T, o, i) and ``weights`` (T,)."""
     a, b = taus.new_zeros(taus.shape[2], taus.shape[2]), torch.zeros_like(taus[0])
-    for tau in taus:
+    for tau, weight in zip(taus, weights.tolist(), strict=True):
         norm = torch.linalg.vector_norm(tau)
         if norm > 0:
             unit = tau / norm  # squares of the entries themselves may leave the range of float32
             gram = unit.mT @ unit  # (i, i)
-            a += gram
-            b += tau @ gram
+            a.add_(gram, alpha=weight)
+            b.addmm_(tau, gram, alpha=weight)
     return a, b
 
 
@@ -47,8 +47,8 @@ def wudi(taus: Tensor, context: Context, *, steps: int, rate: float) -> Tensor:
     ``rate`` is absolute: an entry moves by about ``steps * rate`` at most, whatever the size of the task vectors.
     One expert is a minimum already, and is kept.
     """
-    a, b = normal_equations(taus)
-    d = taus.sum(0)  # (o, i)
+    a, b = normal_equations(taus, context.weights)
+    d = weighted_sum(taus, context.weights)  # (o, i)
     mean, square = torch.zeros_like(d), torch.zeros_like(d)
     for step in range(1, steps + 1):
         gradient = 2 * (d @ a - b)  # (o, i)
@@ -71,8 +71,8 @@ def wudi_exact(taus: Tensor, context: Context, *, ridge: float, towards: Literal
     nearest to z. What no task vector reaches stays at z, which is zero there. One expert gives that expert.
     """
     wide = taus.double()
-    a, b = normal_equations(wide)
-    z = wide.mean(0) if towards == "mean" else wide.sum(0)
+    a, b = normal_equations(wide, context.weights)
+    z = (weighted_mean if towards == "mean" else weighted_sum)(wide, context.weights)
     e, u = eigh_psd(a, f"{context.name}, pooled Gram of the task vectors")  # (i,), (i, i)
     mu = ridge * e[-1]
     seen = e > len(e) * torch.finfo(e.dtype).eps * e[-1]

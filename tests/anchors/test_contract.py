@@ -272,7 +272,8 @@ def test_views_come_out_contiguous(anchor):
 def test_scans_see_every_floating_tensor_that_is_not_empty(monkeypatch):
     seen = []
 
-    def scan(stream, knobs):
+    def scan(stream, knobs, whole):
+        assert whole.weights.tolist() == [1, 1]
         seen.extend((name, tuple(taus.shape)) for name, taus in stream)
         return len(seen)
 
@@ -323,6 +324,57 @@ def test_every_bound_gives_a_finite_model(anchor):
                 value = min(value, 10)
             merged = run(anchor, base, models, **{knob.name: value})
             assert all(torch.isfinite(v).all() for v in merged.values()), (knob.name, value)
+
+
+REPEATS = {"tsv", "iso_cts"}  # they share slots out among experts: one of weight 2 is not the same expert twice
+
+
+def test_a_weight_of_two_counts_an_expert_twice(anchor):
+    if not anchor.weights or anchor.name in REPEATS:
+        return
+    base, (a, b) = family(2)
+    grams = grams_for(base, 2)
+    weighted = run(anchor, base, [a, b], grams=grams, weights=[2.0, 1.0])
+    twice = run(anchor, base, [a, a, b], grams={k: [g[0], *g] for k, g in grams.items()})
+    assert_close({k: weighted[k] for k in FLOATING}, {k: twice[k] for k in FLOATING}, 1e-4)
+
+
+def test_an_expert_of_weight_zero_is_left_out(anchor):
+    base, models = family(3)
+    grams = grams_for(base, 3)
+    if not anchor.weights:
+        with pytest.raises(MergeError, match="takes no task weights"):
+            run(anchor, base, models, grams=grams, weights=[1.0, 0.0, 1.0])
+        return
+    without = run(anchor, base, [models[0], models[2]], grams={k: [g[0], g[2]] for k, g in grams.items()})
+    merged = run(anchor, base, models, grams=grams, weights=[1.0, 0.0, 1.0])
+    assert all(torch.equal(merged[k], without[k]) for k in base)
+    assert any(not torch.equal(merged[k], run(anchor, base, models, grams=grams)[k]) for k in FLOATING)
+
+
+def test_weights_matter_and_equal_ones_change_no_mean(anchor):
+    base, models = family(3)
+    grams = grams_for(base, 3)
+    if anchor.weights:
+        one = run(anchor, base, models, grams=grams, weights=[1.0, 1.0, 1.0])
+        assert all(torch.equal(one[k], run(anchor, base, models, grams=grams)[k]) for k in base)
+        other = run(anchor, base, models, grams=grams, weights=[1.0, 0.25, 3.0])
+        assert any(not torch.equal(one[k], other[k]) for k in FLOATING)
+        if anchor.weights == "any":
+            negative = run(anchor, base, models, grams=grams, weights=[1.0, -0.5, 1.0])
+            assert all(torch.isfinite(v).all() for v in negative.values())
+
+
+def test_weights_that_make_no_sense_are_refused(anchor):
+    base, models = family(2)
+    grams = grams_for(base, 2)
+    bad = {"1 task weights for 2": [1.0], "finite": [float("nan"), 1.0], "all of them 0": [0.0, 0.0]}
+    if anchor.weights != "any":
+        bad["takes no"] = [1.0, -1.0]
+    for match, weights in bad.items():
+        with pytest.raises(MergeError) as error:
+            run(anchor, base, models, grams=grams, weights=weights)
+        assert match in str(error.value)
 
 
 def test_parameters_that_require_gradients_are_accepted(anchor):
@@ -380,7 +432,7 @@ def test_missing_statistics_are_asked_for(anchor):
     base, models = family(2)
     if anchor.needs:
         for grams in (None, {}, {"elsewhere.weight": [torch.eye(2)] * 2}):
-            with pytest.raises(MergeError, match="needs the Grams"):
+            with pytest.raises(MergeError, match="needs Gram matrices"):
                 merge(anchor.name, base, models, grams=grams)
     else:
         merge(anchor.name, base, models)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.anchors import Context, get, merge
+from bmm.anchors.anchor import Whole
 from bmm.anchors.dare import drop_and_rescale
 from bmm.anchors.iso import iso_c, iso_cts
 from bmm.anchors.regmean import regmean
@@ -16,7 +17,13 @@ from bmm.anchors.wudi import objective, wudi, wudi_exact
 from bmm.errors import MergeError
 
 SHAPES = [(2, 6, 6), (3, 7, 12), (4, 12, 7), (1, 5, 8)]
-HERE = Context("w", torch.zeros(()))
+
+
+def at(taus, grams=None, state=None, weights=None):
+    """The context of a lone tensor, equal task weights unless given."""
+    return Context(
+        "w", taus[0], torch.ones(len(taus)) if weights is None else torch.tensor(weights), grams, state=state
+    )
 
 
 def tensor(*rows):
@@ -128,8 +135,8 @@ def test_signs_are_elected_alike_in_any_order():
     """1e8 + 1 - 1e8 - 0.5 is positive; adding in float32 gives either sign."""
     taus = tensor([1e8], [1.0], [-1e8], [-0.5])
     for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 1, 0, 2]):
-        state = scan_ties([("w", taus[order])], {"density": 1.0})
-        assert ties(taus[order], Context("w", taus[0], state=state), density=1.0, reduce="sum") > 0
+        state = scan_ties([("w", taus[order])], {"density": 1.0}, Whole(torch.ones(len(taus)), {}, ()))
+        assert ties(taus[order], at(taus, state=state), density=1.0, reduce="sum") > 0
 
 
 # -- DARE -----------------------------------------------------------------------------------------------------------
@@ -219,7 +226,7 @@ def test_tsv_by_hand():
 @pytest.mark.parametrize("shape", [*SHAPES, (9, 4, 6), (33, 5, 3), (5, 1, 8), (4, 8, 1)])
 def test_tsv_matches_its_formula(shape):
     taus = random_taus(shape)
-    assert_close(tsv(taus, HERE), reference_tsv(taus.double().numpy()), 2e-5)
+    assert_close(tsv(taus, at(taus)), reference_tsv(taus.double().numpy()), 2e-5)
 
 
 def test_whitening_gives_orthonormal_columns_or_rows():
@@ -234,7 +241,7 @@ def test_whitening_gives_orthonormal_columns_or_rows():
 def test_low_rank_task_vectors_stay_within_their_spans(kernel):
     """LoRA experts: the merged task vector has no rank that the experts do not have."""
     left, right = random_taus((3, 20, 2), 1, 1.0), random_taus((3, 2, 16), 2, 1.0)
-    d = kernel(left @ right, HERE)
+    d = kernel(left @ right, at(left @ right))
     assert int(torch.linalg.matrix_rank(d, rtol=1e-4)) <= 6
     columns = torch.linalg.qr(torch.cat(list(left), 1)).Q
     assert (d - columns @ (columns.mT @ d)).norm() < 1e-4 * d.norm()
@@ -246,7 +253,7 @@ def test_iso_c_by_hand():
 
 def test_iso_c_keeps_the_nuclear_norm_of_a_low_rank_sum():
     taus = random_taus((3, 20, 2), 1, 1.0) @ random_taus((3, 2, 16), 2, 1.0)
-    d = iso_c(taus, HERE)
+    d = iso_c(taus, at(taus))
     assert float(torch.linalg.matrix_norm(d, "nuc")) == pytest.approx(
         float(torch.linalg.matrix_norm(taus.sum(0), "nuc")), rel=1e-5
     )
@@ -256,7 +263,7 @@ def test_iso_c_keeps_the_nuclear_norm_of_a_low_rank_sum():
 def test_iso_c_matches_its_formula(shape):
     taus = random_taus(shape)
     u, s, vh = np.linalg.svd(taus.double().numpy().sum(0), full_matrices=False)
-    assert_close(iso_c(taus, HERE), s.mean() * u @ vh, 2e-5)
+    assert_close(iso_c(taus, at(taus)), s.mean() * u @ vh, 2e-5)
 
 
 def test_iso_cts_by_hand():
@@ -270,13 +277,13 @@ def test_iso_cts_by_hand():
 def test_iso_cts_matches_its_formula(shape, share):
     taus = random_taus(shape)
     reference = reference_iso_cts(taus.double().numpy(), share)
-    assert_close(iso_cts(taus, HERE, common_share=share), reference, 5e-5)
+    assert_close(iso_cts(taus, at(taus), common_share=share), reference, 5e-5)
 
 
 def test_iso_cts_is_iso_c_without_own_slots_or_with_one_expert():
     taus = random_taus((3, 8, 9))
-    assert_close(iso_cts(taus, HERE, common_share=1.0), iso_c(taus, HERE))
-    assert_close(iso_cts(taus[:1], HERE, common_share=0.5), iso_c(taus[:1], HERE))
+    assert_close(iso_cts(taus, at(taus), common_share=1.0), iso_c(taus, at(taus)))
+    assert_close(iso_cts(taus[:1], at(taus[:1]), common_share=0.5), iso_c(taus[:1], at(taus[:1])))
 
 
 # -- WUDI -----------------------------------------------------------------------------------------------------------
@@ -308,14 +315,14 @@ def test_wudi_is_adam_on_the_published_objective(shape, dtype):
         adam.zero_grad()
         interference(d, taus.double()).backward()
         adam.step()
-    assert_close(wudi(taus, HERE, steps=300, rate=1e-5), d.detach(), 1e-5)
+    assert_close(wudi(taus, at(taus), steps=300, rate=1e-5), d.detach(), 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("towards", ["mean", "sum"])
 def test_wudi_exact_matches_least_squares(shape, towards):
     taus = random_taus(shape).double()
-    d = wudi_exact(taus, HERE, ridge=0.0, towards=towards)
+    d = wudi_exact(taus, at(taus), ridge=0.0, towards=towards)
     start = taus.mean(0) if towards == "mean" else taus.sum(0)
     # rows of x solve x [tau_t^T / n_t]_t = [(tau_t - start) tau_t^T / n_t]_t with least norm
     units = np.concatenate([(tau / tau.norm()).numpy() for tau in taus])  # (T o, i)
@@ -331,8 +338,8 @@ def test_wudi_exact_matches_least_squares(shape, towards):
 def test_wudi_exact_interferes_no_more_than_adam(shape, size):
     taus = random_taus(shape, size=size)
     start = objective(taus.sum(0), taus)
-    adam = objective(wudi(taus, HERE, steps=300, rate=1e-5), taus)
-    exact = objective(wudi_exact(taus, HERE, ridge=1e-6, towards="sum"), taus)
+    adam = objective(wudi(taus, at(taus), steps=300, rate=1e-5), taus)
+    exact = objective(wudi_exact(taus, at(taus), ridge=1e-6, towards="sum"), taus)
     assert exact <= adam + 1e-6 * start
     if len(taus) > 1:
         assert adam < start
@@ -341,8 +348,8 @@ def test_wudi_exact_interferes_no_more_than_adam(shape, size):
 def test_wudi_ignores_experts_that_did_not_move():
     taus = random_taus((3, 6, 8))
     padded = torch.cat([taus, torch.zeros(1, 6, 8)])
-    assert_close(wudi(padded, HERE, steps=50, rate=1e-4), wudi(taus, HERE, steps=50, rate=1e-4))
-    exact = [wudi_exact(x, HERE, ridge=1e-6, towards="sum") for x in (padded, taus)]
+    assert_close(wudi(padded, at(padded), steps=50, rate=1e-4), wudi(taus, at(taus), steps=50, rate=1e-4))
+    exact = [wudi_exact(x, at(x), ridge=1e-6, towards="sum") for x in (padded, taus)]
     assert_close(*exact)
 
 
@@ -391,7 +398,7 @@ def test_regmean_minimises_the_experts_output_error():
     def error(d):
         return float(sum(((x @ (d - tau).mT) ** 2).sum() for x, tau in zip(inputs, taus, strict=True)))
 
-    d = regmean(taus, Context("w", taus[0], grams), off_diagonal=1.0)
+    d = regmean(taus, at(taus, grams), off_diagonal=1.0)
     for seed in range(20):
         assert error(d) < error(d + random_taus((4, 6), seed, 0.01))
 
@@ -429,5 +436,5 @@ def test_every_matrix_kernel_commutes_with_a_change_of_basis_of_the_input():
     for name in ("tsv", "iso_c", "iso_cts", "wudi_exact"):
         anchor = get(name)
         knobs = {k: v for k, v in anchor.defaults.items() if k != "scale"}
-        straight, turned = (anchor.kernel(x, HERE, **knobs) for x in (taus, taus @ q))
+        straight, turned = (anchor.kernel(x, at(x), **knobs) for x in (taus, taus @ q))
         assert_close(turned, straight @ q, 1e-4)

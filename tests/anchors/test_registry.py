@@ -5,6 +5,7 @@ import re
 import pytest
 
 from bmm.anchors import ANCHORS, Anchor, Knob, get, matrix_shape, merge, resolve_knobs
+from bmm.anchors.anchor import NEEDS
 from bmm.errors import MergeError
 
 from .models import family
@@ -28,7 +29,11 @@ def test_rows_are_complete(name):
     assert anchor.title
     assert anchor.summary.endswith(".")
     assert re.match(r"\d{4}\.\d{5}, \S", anchor.paper)
-    assert anchor.needs <= {"grams"}
+    assert anchor.needs <= set(NEEDS)
+    assert anchor.formula
+    assert anchor.cost
+    assert anchor.when
+    assert anchor.weights in ("", "positive", "any")
     assert anchor.kernel.__doc__
     assert len({knob.name for knob in anchor.knobs}) == len(anchor.knobs)
     assert sum(knob.linear for knob in anchor.knobs) <= 1

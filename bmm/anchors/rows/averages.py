@@ -1,0 +1,35 @@
+"""Rows of the linear methods: averages and sums of task vectors."""
+
+from __future__ import annotations
+
+from ..anchor import Anchor
+from ..average import average
+from ..task_arithmetic import task_arithmetic
+from .common import scale
+
+ROWS = (
+    Anchor(
+        "average",
+        "Average",
+        "2203.05482, Model soups",
+        "Mean of the experts' weights.",
+        (),
+        average,
+        weights="positive",
+        formula="sum_t a_t W_t / sum_t a_t",
+        cost="o i T",
+        when="Experts of one task from one base (soups), or as the simplest reference.",
+    ),
+    Anchor(
+        "task_arithmetic",
+        "Task arithmetic",
+        "2212.04089, Editing Models with Task Arithmetic",
+        "Sum of the task vectors, scaled.",
+        (scale(0.3),),
+        task_arithmetic,
+        weights="any",
+        formula="W_0 + scale * sum_t a_t (W_t - W_0)",
+        cost="o i T",
+        when="The first merge to try, and the one for forgetting (negative weight) and analogies.",
+    ),
+)
