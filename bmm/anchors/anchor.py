@@ -109,13 +109,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a scan may look at besides the task vectors: task weights (T,), the models themselves (perhaps on disk:
-    reading costs), and the score of a candidate model where the method asked for one."""
+    """What a scan may look at besides the task vectors: task weights (T,), the models themselves and the experts'
+    Fishers (perhaps on disk: reading costs), and the score of a candidate model where the method asked for one."""
 
     weights: Tensor
     base: Tensors
     experts: Sequence[Tensors]
     score: Callable[[Tensors], float] | None = None
+    fisher: Sequence[Tensors] = ()
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ class Anchor:
     """One merging method: a row of the registry.
 
     ``paper`` is "arXiv id, short title". ``matrices``: the kernel is defined on matrices; it is given taus (T, o, i),
-    and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead. ``needs`` names
-    the statistics the method cannot do without, keys of `NEEDS`. ``scan``, where given, runs once before the first
-    tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
-    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+    and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead, or what the
+    kernel ``others`` makes of them. ``needs`` names the statistics the method cannot do without, keys of `NEEDS`,
+    ``takes`` those it makes use of where they are given. ``scan``, where given, runs once before the first tensor is
+    merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any" (negative
+    ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
     ``formula``, ``cost`` and ``when`` are for the reader: the formula in words and symbols, what one (o, i) matrix
     costs for T experts, and when to choose the method.
@@ -140,6 +142,8 @@ class Anchor:
     kernel: Kernel
     matrices: bool = False
     needs: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
+    others: Kernel | None = None
     scan: Scan | None = None
     weights: Literal["", "positive", "any"] = ""
     experts: tuple[int, int | None] = (1, None)

@@ -129,7 +129,8 @@ class _Job:
             shape = w0.shape[0], w0[0].numel()  # a Gram says that this is a weight: a leading 1 is one output
             stack = _grams_of(name, shape, self.statistics.grams[name], self.kept, self.count, taus.device)
         if shape is None:
-            return factor * weighted_mean(taus, context.weights)
+            rest = anchor.others(taus, context) if anchor.others else weighted_mean(taus, context.weights)
+            return factor * rest
         flat = taus.reshape(-1, *shape)  # (T, o, i)
 
         def as_matrix(fisher: Tensor | None) -> Tensor | None:
@@ -150,7 +151,7 @@ class _Job:
         """What the kernel may look at for one tensor; Fishers are read here, one tensor at a time."""
         fishers, base_fisher = self.statistics.fisher, self.statistics.base_fisher
         fisher = None
-        if "fisher" in self.anchor.needs and fishers:
+        if "fisher" in self.anchor.needs | self.anchor.takes and fishers:
             fisher = torch.stack([_fisher_of(name, w0, f) for f in fishers])  # (T, *shape)
         before = None
         if "base_fisher" in self.anchor.needs and base_fisher is not None:
@@ -252,7 +253,7 @@ _SOURCES = {
 
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
-    whole = Whole(job.weights, inputs.base, inputs.experts, job.statistics.score)
+    whole = Whole(job.weights, inputs.base, inputs.experts, job.statistics.score, job.statistics.fisher)
     state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
     shared: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Grams on disk: a cache that is checked before it is believed.
+"""Grams, and other statistics, on disk: a cache that is checked before it is believed.
 
 One safetensors file per fingerprint, written to the side and renamed into place, so that a killed run leaves nothing
 that looks like a cache. The header carries the code version, the fingerprint, a SHA-256 over all content, and the
@@ -13,10 +13,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GramError, WriteError
+from ..notation import Tensors
 from .task_grams import TaskGrams
 
 CODE_VERSION = 1
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
+
+Found = TypeVar("Found")
 
 
 def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: dict[str, Any]) -> str:
@@ -47,8 +50,10 @@ def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: di
     return digest.hexdigest()
 
 
-class GramStore:
-    """The Gram cache in one folder; ``notices`` collects what was found stale or damaged, one line each."""
+class TensorStore:
+    """A folder of caches, one file a fingerprint; ``notices`` collects what was found stale or damaged, a line each."""
+
+    what = "tensor"
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -57,14 +62,13 @@ class GramStore:
     def path(self, fingerprint: str) -> Path:
         """The file of a fingerprint. Raises `GramError` for anything but letters, digits, "-" and "_"."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", fingerprint):
-            raise GramError(f"bad Gram fingerprint {fingerprint!r}", "use bmm.grams.fingerprint")
+            raise GramError(f"bad {self.what} fingerprint {fingerprint!r}", "use bmm.grams.fingerprint")
         return self.folder / f"{fingerprint}.safetensors"
 
-    def save(self, fingerprint: str, grams: TaskGrams) -> Path:
-        """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
+    def write(self, fingerprint: str, stored: Mapping[str, Tensor], body: str = "{}") -> Path:
+        """Write tensors and a text, replacing what is there in one step. Raises `WriteError` where that fails."""
         path = self.path(fingerprint)
-        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name != "grams"})
-        tensors = {key: gram.detach().cpu().contiguous() for key, gram in grams.grams.items()}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in stored.items()}
         metadata = {
             "version": str(CODE_VERSION),
             "fingerprint": fingerprint,
@@ -82,7 +86,7 @@ class GramStore:
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             raise WriteError(
-                f"cannot write Grams to {path}: {error}", "free some space or choose another folder"
+                f"cannot write {self.what}s to {path}: {error}", "free some space or choose another folder"
             ) from error
         finally:
             if temporary is not None:
@@ -90,38 +94,62 @@ class GramStore:
                     os.unlink(temporary)
         return path
 
-    def load(self, fingerprint: str) -> TaskGrams | None:
-        """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``)."""
+    def read(self, fingerprint: str, read: Callable[[Path, str], Found]) -> Found | None:
+        """What ``read(path, fingerprint)`` makes of the file, or None where there is none that can be trusted."""
         path = self.path(fingerprint)
         if not path.exists():
             return None
         try:
-            return _read(path, fingerprint)
-        except _Untrusted as reason:
-            self.notices.append(f"Gram cache {path.name} is {reason}: rebuilding it")
+            return read(path, fingerprint)
+        except Untrusted as reason:
+            self.notices.append(f"{self.what} cache {path.name} is {reason}: rebuilding it")
         except Exception as error:  # a damaged file may fail anywhere in the parsers; a cache must never stop a run
-            self.notices.append(f"Gram cache {path.name} is damaged ({type(error).__name__}): rebuilding it")
+            self.notices.append(f"{self.what} cache {path.name} is damaged ({type(error).__name__}): rebuilding it")
         return None
 
 
-class _Untrusted(Exception):
+class GramStore(TensorStore):
+    """The Gram cache in one folder."""
+
+    what = "Gram"
+
+    def save(self, fingerprint: str, grams: TaskGrams) -> Path:
+        """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
+        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name != "grams"})
+        return self.write(fingerprint, grams.grams, body)
+
+    def load(self, fingerprint: str) -> TaskGrams | None:
+        """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``)."""
+        return self.read(fingerprint, _read)
+
+
+class Untrusted(Exception):
     """Why a readable file is not used."""
 
 
 def _read(path: Path, fingerprint: str) -> TaskGrams:
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("version") != str(CODE_VERSION):
-            raise _Untrusted(f"stale (version {metadata.get('version')}, this is {CODE_VERSION})")
-        if metadata.get("fingerprint") != fingerprint:
-            raise _Untrusted("stale (of other weights, inputs or settings)")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    return TaskGrams(grams=tensors, **json.loads(checked_body(path, fingerprint, tensors)))
+
+
+def checked_body(path: Path, fingerprint: str, tensors: Tensors) -> str:
+    """The text stored with ``tensors`` in ``path``, once everything agrees; tensors are read one by one.
+
+    Raises `Untrusted` where version, fingerprint or checksum do not.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("version") != str(CODE_VERSION):
+        raise Untrusted(f"stale (version {metadata.get('version')}, this is {CODE_VERSION})")
+    if metadata.get("fingerprint") != fingerprint:
+        raise Untrusted("stale (of other weights, inputs or settings)")
     if metadata["sha256"] != _checksum(fingerprint, metadata["body"], tensors):
-        raise _Untrusted("damaged (checksum)")
-    return TaskGrams(grams=tensors, **json.loads(metadata["body"]))
+        raise Untrusted("damaged (checksum)")
+    return str(metadata["body"])
 
 
-def _checksum(fingerprint: str, body: str, tensors: dict[str, Tensor]) -> str:
+def _checksum(fingerprint: str, body: str, tensors: Tensors) -> str:
     digest = hashlib.sha256(json.dumps([CODE_VERSION, fingerprint, body]).encode())
     for key in sorted(tensors):
         digest.update(json.dumps(key).encode())

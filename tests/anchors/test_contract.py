@@ -8,7 +8,7 @@ import torch
 from bmm.anchors import ANCHORS, merge, merge_stream
 from bmm.errors import MergeError
 
-from .models import SHAPES, Lazy, family, grams_for
+from .models import SHAPES, Lazy, family, fisher_for, grams_for, score
 
 FLOATING = list(SHAPES)
 # knobs at which one expert is returned as it is; iso_c and iso_cts have none, they flatten the spectrum
@@ -22,7 +22,11 @@ IDENTITIES = {
     "wudi": {},
     "wudi_exact": {},
     "regmean": {},
+    "mats": {},
+    "fisher": {},
+    "gradient_matching": {},
 }
+PASSES = {"fisher": 1}  # scans that read something else than the task vectors
 
 
 @pytest.fixture(params=ANCHORS)
@@ -30,10 +34,21 @@ def anchor(request):
     return ANCHORS[request.param]
 
 
+def statistics(anchor, base, experts):
+    """Every statistic the anchor needs. Fishers follow the content of base and experts, so that they are permuted,
+    repeated, dropped and turned with them; Grams go by the expert's number and have to be permuted by hand."""
+    made = {
+        "grams": lambda: ("grams", grams_for(base, len(experts))),
+        "sequential_grams": lambda: ("grams", grams_for(base, len(experts))),
+        "fisher": lambda: ("fisher", [fisher_for(e) for e in experts] if isinstance(experts, list) else []),
+        "base_fisher": lambda: ("base_fisher", fisher_for(base)),
+        "score": lambda: ("score", score),
+    }
+    return dict(made[need]() for need in anchor.needs)
+
+
 def run(anchor, base, experts, **options):
-    if anchor.needs:
-        options.setdefault("grams", grams_for(base, len(experts)))
-    return merge(anchor.name, base, experts, **options)
+    return merge(anchor.name, base, experts, **(statistics(anchor, base, experts) | options))
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -216,12 +231,12 @@ def test_each_tensor_is_read_once_for_every_pass(anchor):
         anchor.name,
         lazy_base,
         lazy_models,
-        grams=grams,
+        **(statistics(anchor, base, models) | {"grams": grams}),
         progress=lambda phase, done, total: phases.update({phase: (done, total)}),
     )
     merged = dict(stream)
     assert_close(merged, run(anchor, base, models, grams=grams))
-    passes = 1 if anchor.scan is None else 4
+    passes = PASSES.get(anchor.name, 1 if anchor.scan is None else 4)
     assert len(phases) == passes
     assert set(phases.values()) == {(len(base), len(base))}
     for mapping in (lazy_base, *lazy_models):
@@ -233,7 +248,7 @@ def test_each_tensor_is_read_once_for_every_pass(anchor):
 def test_streaming_reads_a_tensor_when_it_is_asked_for(anchor):
     base, models = family(2)
     lazy = Lazy(base)
-    stream = merge_stream(anchor.name, lazy, models, grams=grams_for(base, 2))
+    stream = merge_stream(anchor.name, lazy, models, **statistics(anchor, base, models))
     before = lazy.reads.total()
     next(stream)
     assert (before, lazy.reads.total()) == (0, 1)
@@ -430,9 +445,16 @@ def test_experts_that_do_not_agree_are_refused(anchor):
 
 def test_missing_statistics_are_asked_for(anchor):
     base, models = family(2)
-    if anchor.needs:
-        for grams in (None, {}, {"elsewhere.weight": [torch.eye(2)] * 2}):
-            with pytest.raises(MergeError, match="needs Gram matrices"):
-                merge(anchor.name, base, models, grams=grams)
-    else:
-        merge(anchor.name, base, models)
+    given = statistics(anchor, base, models)
+    nothing = {
+        "grams": (None, {}, {"elsewhere.weight": [torch.eye(2)] * 2}),
+        "fisher": ((), []),
+        "base_fisher": (None,),
+        "score": (None,),
+    }
+    asked = {"grams": "needs Gram matrices", "base_fisher": "Fisher of the base", "fisher": "Fisher for every expert"}
+    for name in given:
+        for missing in nothing[name]:
+            with pytest.raises(MergeError, match=asked.get(name, "needs")):
+                merge(anchor.name, base, models, **(given | {name: missing}))
+    merge(anchor.name, base, models, **given)
