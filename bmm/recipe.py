@@ -18,6 +18,7 @@ from .errors import RecipeError, did_you_mean
 from .groups import SCHEMES
 
 GRAMS = ("data", "datafree", "hybrid")
+FISHERS = ("auto", "sampled", "true")
 AUTOCASTS = ("none", "bfloat16", "float16")
 DTYPES = ("same", "float32", "bfloat16", "float16")
 NORMALISE = ("trace", "none")
@@ -45,7 +46,12 @@ class Recipe:
     knobs: dict[str, Any] = _key(dict, "The anchor's knobs: NAME=VALUE (see `bmm anchors NAME`).", mapping="number")
     grams: str = _key("data", "Gram matrices: activations, task vectors, or a mix.", choices=GRAMS)
     gamma: float = _key(0.5, "Share of the data-free Gram when grams is hybrid.", low=0.0, high=1.0)
-    calibration: int = _key(64, "Calibration inputs a task for data-driven Grams.", low=1)
+    calibration: int = _key(64, "Calibration inputs a task for data-driven Grams and Fishers.", low=1)
+    fisher: str = _key(
+        "auto",
+        "Labels of Fishers: sampled from the model, or the true ones; auto is sampled, only where a method needs them.",
+        choices=FISHERS,
+    )
     normalise: str = _key("trace", "Scale every Gram to mean eigenvalue 1, or leave it.", choices=NORMALISE)
     weights: dict[str, float] = _key(
         dict, "Task weights in merge, regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
@@ -61,10 +67,10 @@ class Recipe:
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")
     autocast: str = _key("none", "Mixed precision of evaluation.", choices=AUTOCASTS)
-    batch_size: int = _key(64, "Inputs a batch while Grams are collected.", low=1)
+    batch_size: int = _key(64, "Inputs a batch while Grams and Fishers are collected.", low=1)
     dtype: str = _key("same", "Storage type of the merged checkpoint; same as the base's by default.", choices=DTYPES)
     shard_gib: float = _key(4.0, "Largest shard of the merged checkpoint, in GiB.", low=0.000001)
-    cache: str = _key("", "Folder for cached Grams (default: $BMM_CACHE, else ~/.cache/bmm).")
+    cache: str = _key("", "Folder for cached Grams and Fishers (default: $BMM_CACHE, else ~/.cache/bmm).")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the ones that differ from the defaults first being written by `to_yaml`."""

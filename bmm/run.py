@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import anchors, zoo
-from .checkpoint import Checkpoint, ModelPool, fingerprint_tensors, open_checkpoint
+from .checkpoint import ModelPool, open_checkpoint
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
 from .evaluation.skeleton import from_transformers
@@ -27,6 +26,7 @@ from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .recipe import Recipe, load_function
 from .records import Score
+from .statistics import Fishers, fingerprint_of, flat, source_of
 
 ModelBuilder = Callable[[], nn.Module]
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def silent(stage: str, done: int, total: int, detail: str = "") -> None:
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Where Grams are cached: the recipe's, $BMM_CACHE, or ~/.cache/bmm."""
+    """Where Grams and Fishers are cached: the recipe's, $BMM_CACHE, or ~/.cache/bmm."""
     return Path(recipe.cache or os.environ.get("BMM_CACHE", "") or Path.home() / ".cache" / "bmm")
 
 
@@ -144,8 +144,8 @@ class Run:
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
             batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
-            weights = expert.fingerprint() if isinstance(expert, Checkpoint) else fingerprint_tensors(expert)
-            key = fingerprint(weights, _flat(batches), {"code": _source(task.forward), "model": _source(skeleton)})
+            settings = {"code": source_of(task.forward), "model": source_of(skeleton)}
+            key = fingerprint(fingerprint_of(expert), flat(batches), settings)
             grams = store.load(key)
             if grams is None:
                 with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
@@ -156,6 +156,31 @@ class Run:
             found.append(grams)
         self.progress("grams", len(self.tasks), len(self.tasks))
         for notice in store.notices:  # a stale or damaged cache was rebuilt
+            self.progress("notice", 1, 1, notice)
+        return found
+
+    # -- Fishers -------------------------------------------------------------------------------------------------
+
+    def collect_fishers(self) -> list[Tensors]:
+        """Every expert's Fisher on its task's calibration inputs, from the cache where they are there.
+
+        The mappings read from disk on access: no Fisher is held in memory.
+        """
+        return self._fishers([([task], e) for task, e in zip(self.tasks, self.pool.experts, strict=True)], "fisher")
+
+    def collect_base_fisher(self) -> Tensors:
+        """The base's Fisher on the calibration inputs of all tasks, as `collect_fishers`."""
+        return self._fishers([(self.tasks, self.pool.base)], "base fisher")[0]
+
+    def _fishers(self, wanted: Sequence[tuple[Sequence[Task], Tensors]], stage: str) -> list[Tensors]:
+        skeleton, folder = self.skeleton, cache_folder(self.recipe)
+        collector = Fishers(self.recipe, skeleton, self.pool.float_names, self._in_model, folder, self.device)
+        found = []
+        for done, (tasks, model) in enumerate(wanted):
+            self.progress(stage, done, len(wanted), tasks[0].name if len(tasks) == 1 else "")
+            found.append(collector.of(model, tasks))
+        self.progress(stage, len(wanted), len(wanted))
+        for notice in collector.store.notices:  # a stale or damaged cache was rebuilt
             self.progress("notice", 1, 1, notice)
         return found
 
@@ -209,9 +234,13 @@ class Run:
 
     def statistics(self, name: str, grams: Sequence[TaskGrams] | None = None) -> dict[str, Any]:
         """What the method needs besides the weights, as keyword arguments of `bmm.anchors.merge_stream`."""
-        found: dict[str, Any] = {}
-        if "grams" in anchors.get(name).needs:
+        anchor, found = anchors.get(name), dict[str, Any]()
+        if "grams" in anchor.needs:
             found["grams"] = anchor_grams(grams if grams is not None else self.collect_grams())
+        if "fisher" in anchor.needs or ("fisher" in anchor.takes and self.recipe.fisher != "auto"):
+            found["fisher"] = self.collect_fishers()
+        if "base_fisher" in anchor.needs:
+            found["base_fisher"] = self.collect_base_fisher()
         return found
 
     def _transposed(self) -> list[str]:
@@ -292,25 +321,6 @@ def _device(name: str) -> torch.device:
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _flat(batches: Any) -> Iterator[Tensor]:
-    if isinstance(batches, Tensor):
-        yield batches
-    elif isinstance(batches, Mapping):
-        for key in sorted(batches):
-            yield from _flat(batches[key])
-    elif isinstance(batches, list | tuple):
-        for item in batches:
-            yield from _flat(item)
-
-
-def _source(thing: Any) -> str:
-    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
-    kind = type(thing) if isinstance(thing, nn.Module) else inspect.unwrap(getattr(thing, "func", thing))
-    with contextlib.suppress(OSError, TypeError):
-        return inspect.getsource(kind)
-    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
 __all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs", "cache_folder", "silent", "stopwatch"]

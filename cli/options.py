@@ -15,7 +15,7 @@ from bmm.recipe import Recipe
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
 RUNTIME = ("device", "autocast", "cache")
 GRAMS = ("calibration", "batch_size")
-ANCHOR = ("anchor", "knobs")
+ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
 SEARCH = ("log10_lam", "rho", "budget", "engine", "seed", "out")

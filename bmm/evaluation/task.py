@@ -27,6 +27,21 @@ def top1(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) == targets).float()
 
 
+def categorical(outputs: Tensor, targets: Tensor) -> Tensor:
+    """log p of labels ``targets`` (n, ...) under logits ``outputs`` (n, ..., classes), summed over all but the first
+    axis -> (n,); labels below 0 (padding) do not count."""
+    wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+    chosen = wide.log_softmax(-1).gather(-1, targets.long().clamp_min(0).unsqueeze(-1)).squeeze(-1)  # (n, ...)
+    return torch.where(targets >= 0, chosen, torch.zeros_like(chosen)).reshape(len(targets), -1).sum(1)
+
+
+def draw_labels(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """One label (n, ...) a row of logits ``outputs`` (n, ..., classes), drawn on the CPU in the order of the rows."""
+    odds = outputs.detach().double().softmax(-1).cumsum(-1)  # (n, ..., classes)
+    draws = torch.rand(outputs.shape[:-1], generator=generator, dtype=torch.float64).to(odds.device)
+    return (draws.unsqueeze(-1) * odds[..., -1:] >= odds).sum(-1).clamp_max(outputs.shape[-1] - 1)
+
+
 @dataclass(frozen=True)
 class Task:
     """One task the merged model has to do.
@@ -35,11 +50,16 @@ class Task:
         name: unique; matched with the experts' names where those are given.
         validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches.
         test: the same for the final report; scored once. May be None.
-        calibration: unlabelled inputs for data-driven Grams, held whole or a sequence of batches; may be None.
-            Take them from the training distribution and keep them apart from ``validation``.
+        calibration: unlabelled inputs for data-driven Grams and Fishers, held whole or a sequence of batches; may be
+            None. Take them from the training distribution and keep them apart from ``validation``.
         forward: ``forward(model, inputs) -> outputs``; applies the task's own head where there is one.
         score: ``score(outputs, targets)`` -> one score an input, higher is better.
         batch_size: inputs a batch where data are held whole.
+        calibration_targets: labels of ``calibration``, one tensor, or one a batch; only Fishers with true labels
+            (``fisher: true``) look at them. May be None.
+        log_likelihood: ``log_likelihood(outputs, targets)`` -> log p(y | x), one number an input, for Fishers.
+        sample: ``sample(outputs, generator)`` -> targets drawn from the model, for Fishers with sampled labels. One
+            that fits goes with every ``log_likelihood`` other than the default.
     """
 
     name: str
@@ -49,6 +69,9 @@ class Task:
     forward: Callable[[nn.Module, Any], Tensor] = run_model
     score: Callable[[Tensor, Tensor], Tensor] = top1
     batch_size: int = 512
+    calibration_targets: Any = None
+    log_likelihood: Callable[[Tensor, Tensor], Tensor] = categorical
+    sample: Callable[[Tensor, torch.Generator], Tensor] = draw_labels
 
     def batches(self, split: Split) -> Iterator[tuple[Any, Tensor]]:
         """The split's (inputs, targets), batch by batch. Raises `RecipeError` where it is missing or empty."""
@@ -79,6 +102,37 @@ class Task:
             yield batch
             if left is not None:
                 left -= size
+
+    def labelled_calibration(self, most: int | None = None, batch_size: int = 64) -> Iterator[tuple[Any, Tensor]]:
+        """As `calibration_batches`, each with its targets. Raises `RecipeError` where there are none or too few."""
+        if self.calibration_targets is None:
+            raise RecipeError(
+                f"task {self.name!r} has no calibration targets",
+                "give Task(..., calibration_targets=labels), or draw labels from the model (fisher: sampled)",
+            )
+        whole = self.calibration_targets if isinstance(self.calibration_targets, Tensor) else None
+        each = iter(()) if whole is not None else iter(self.calibration_targets)
+        start = 0
+        for inputs in self.calibration_batches(most, batch_size):
+            size = batch_length(inputs)
+            targets = next(each, torch.empty(0))[:size] if whole is None else whole[start : start + size]
+            if len(targets) != size:
+                raise RecipeError(
+                    f"task {self.name!r}: {len(targets)} calibration targets for a batch of {size} inputs",
+                    "give one target an input: one tensor for all, or one a batch where inputs come in batches",
+                )
+            yield inputs, targets
+            start += size
+
+    def require_labels(self, kind: str) -> None:
+        """Refuse what a Fisher with labels of this kind ("sampled" or "true") cannot be made of, before any work."""
+        if kind == "true":
+            next(self.labelled_calibration(1), None)
+        elif self.log_likelihood is not categorical and self.sample is draw_labels:
+            raise RecipeError(
+                f"task {self.name!r} has its own log_likelihood, but no way to sample targets from it",
+                "give Task(..., sample=function) too, or labelled calibration inputs and fisher: true",
+            )
 
 
 def batch_length(inputs: Any) -> int:

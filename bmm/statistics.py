@@ -1,0 +1,157 @@
+"""What methods need to know of the models besides their weights, from the cache where it is there: Fishers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchors.anchor import named_generator
+from .checkpoint import Checkpoint, fingerprint_tensors
+from .errors import WriteError
+from .evaluation import Task, swapped
+from .evaluation.task import to_device
+from .fisher import FisherStore, Source, collect
+from .grams import fingerprint
+from .notation import Tensors
+from .recipe import Recipe
+
+FISHER_VERSION = 1
+"""Raise whenever the way Fishers are computed changes: older caches are then rebuilt."""
+
+
+class Fishers:
+    """Collects Fishers of models given as tensors by checkpoint name.
+
+    Args:
+        recipe: kind of labels, number of calibration inputs, batch size and seed are read from it.
+        skeleton: the model the tensors are swapped into.
+        parameters: checkpoint names of the floating tensors.
+        in_model: checkpoint name -> name in the model, where they differ.
+        folder: of the cache.
+
+    ``sampled`` labels are drawn from the model by a generator keyed by seed, weights, inputs and code: they depend
+    neither on the order of the tasks nor on the batch size of the computation.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        skeleton: nn.Module,
+        parameters: Sequence[str],
+        in_model: Mapping[str, str],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
+        own = dict(skeleton.named_parameters(remove_duplicate=False))  # running statistics have no gradient
+        self.names = {n: in_model.get(n, n) for n in parameters if in_model.get(n, n) in own}
+        self.kind = "true" if recipe.fisher == "true" else "sampled"
+        self.store = FisherStore(folder / "fisher")
+
+    def of(self, model: Tensors, tasks: Sequence[Task]) -> Tensors:
+        """The Fisher of one model over the calibration inputs of ``tasks``, pooled; a mapping that reads from disk.
+
+        Raises `RecipeError` where a task lacks what it takes (see `Task.require_labels`), `GramError` and `MergeError`
+        as `bmm.fisher.collect` does. Where the cache cannot be written the Fisher stays in memory.
+        """
+        for task in tasks:
+            task.require_labels(self.kind)
+        weights = fingerprint_of(model)
+        keys = [self._key(weights, task) for task in tasks]
+        key = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()  # the order of the tasks does not matter
+        found = self.store.load(key)
+        if found is not None:
+            return found
+        tensors = {self.in_model.get(name, name): model[name] for name in model}
+        sources = [self._source(task, digest) for task, digest in zip(tasks, keys, strict=True)]
+        with swapped(self.skeleton, tensors, self.device):
+            collected = collect(self.skeleton, sources, names=set(self.names.values()))
+        stored = {name: collected[own] for name, own in self.names.items()}
+        with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs memory, not the run
+            self.store.save(key, stored)
+            return self.store.load(key) or stored
+        return stored
+
+    def _batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
+        most, size = self.recipe.calibration, self.recipe.batch_size
+        if self.kind == "true":
+            yield from task.labelled_calibration(most, size)
+        else:
+            for inputs in task.calibration_batches(most, size):
+                yield inputs, None
+
+    def _key(self, weights: str, task: Task) -> str:
+        code = [source_of(f) for f in (task.forward, task.log_likelihood, task.sample)]
+        bound = [v for f in (task.forward, task.log_likelihood, task.sample) for v in _bound(f, set())]
+        settings = {
+            "statistic": f"fisher {FISHER_VERSION}",
+            "labels": self.kind,
+            "seed": self.recipe.seed if self.kind == "sampled" else 0,
+            "parameters": sorted(self.names.values()),
+            "code": [*code, *(v for v in bound if isinstance(v, str))],
+            "model": source_of(self.skeleton),
+        }
+        tensors = [*flat(self._batches(task)), *(v for v in bound if isinstance(v, Tensor))]
+        return fingerprint(weights, tensors, settings)
+
+    def _source(self, task: Task, digest: str) -> Source:
+        batches = ((to_device(x, self.device), to_device(y, self.device)) for x, y in self._batches(task))
+        generator = named_generator("fisher", digest)
+        return Source(task.name, task.forward, batches, task.log_likelihood, task.sample, generator)
+
+
+def fingerprint_of(model: Tensors) -> str:
+    """SHA-256 over the content of a model's tensors, remembered by checkpoints."""
+    return model.fingerprint() if isinstance(model, Checkpoint) else fingerprint_tensors(model)
+
+
+def flat(batches: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, or of several, in order."""
+    if isinstance(batches, Tensor):
+        yield batches
+    elif isinstance(batches, Mapping):
+        for key in sorted(batches):
+            yield from flat(batches[key])
+    elif isinstance(batches, list | tuple | Iterator):
+        for item in batches:
+            yield from flat(item)
+
+
+def source_of(thing: Any) -> str:
+    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
+    kind = type(thing) if isinstance(thing, nn.Module) else inspect.unwrap(getattr(thing, "func", thing))
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(kind)
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
+
+
+def _bound(thing: Any, seen: set[int]) -> Iterator[Tensor | str]:
+    """Tensors and plain values a function carries along (a task's head): arguments of a partial, defaults, closure."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif thing is None or isinstance(thing, str | int | float | bool):
+        yield repr(thing)
+    elif id(thing) not in seen:
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            yield from _bound(thing.state_dict(), seen)
+        elif isinstance(thing, Mapping):
+            for key in sorted(thing, key=str):
+                yield str(key)
+                yield from _bound(thing[key], seen)
+        elif isinstance(thing, list | tuple):
+            for item in thing:
+                yield from _bound(item, seen)
+        elif callable(thing):
+            cells = (cell.cell_contents for cell in getattr(thing, "__closure__", None) or ())
+            for part in ("func", "args", "keywords", "__self__", "__defaults__", "__kwdefaults__"):
+                yield from _bound(getattr(thing, part, None), seen)
+            for held in cells:
+                yield from _bound(held, seen)
