@@ -24,7 +24,7 @@ IDENTITIES = {
     "regmean": {},
     "mats": {},
     "fisher": {},
-    "gradient_matching": {},
+    "gradient_matching": {"coefficient": 1.0},
 }
 PASSES = {"fisher": 1}  # scans that read something else than the task vectors
 

@@ -98,7 +98,7 @@ ROWS = (
         "2310.12808, Model Merging by Uncertainty-Based Gradient Matching",
         "Task arithmetic, every parameter corrected by the Fishers of base and experts.",
         (
-            Knob("coefficient", 1.0, 0.0, 10.0, "float", "factor on all task weights, the paper's alpha"),
+            Knob("coefficient", 0.3, 0.0, 10.0, "float", "factor on all task weights, the paper's alpha"),
             Knob("prior", 1e-8, 0.0, 1e6, "float", "precision added to the base's Fisher"),
             scale(1.0),
         ),
