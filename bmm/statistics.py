@@ -18,6 +18,7 @@ from .errors import WriteError
 from .evaluation import Task, swapped
 from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
+from .fisher.collect import length, take
 from .grams import fingerprint
 from .notation import Tensors
 from .recipe import Recipe
@@ -98,7 +99,9 @@ class Fishers:
             "code": [*code, *(v for v in bound if isinstance(v, str))],
             "model": source_of(self.skeleton),
         }
-        tensors = [*flat(self._batches(task)), *(v for v in bound if isinstance(v, Tensor))]
+        # example by example: how they come in batches does not matter
+        examples = (take(pair, k, k + 1) for pair in self._batches(task) for k in range(length(pair)))
+        tensors = (t for part in (examples, bound) for value in part for t in flat(value))
         return fingerprint(weights, tensors, settings)
 
     def _source(self, task: Task, digest: str) -> Source:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import BmmError, GramError
 from ..linalg import require_finite
@@ -92,13 +93,15 @@ def _parameters(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without the fused attention path, which has no gradient; everything back as it was at the end."""
+    """Evaluation mode, and attention in plain products: the fused kinds have no gradient or no batching rule.
+    Everything is back as it was at the end."""
     training = [module for module in model.modules() if module.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -134,16 +137,16 @@ class _Worker:
         if targets is None:
             with self._blaming(), torch.no_grad():
                 targets = self.source.sample(self.source.forward(self.applied.model, inputs), self.source.generator)
-        count = _length(inputs)
-        if _length(targets) != count:
+        count = length(inputs)
+        if length(targets) != count:
             raise GramError(
-                f"task {self.source.name!r}: {_length(targets)} targets for {count} calibration inputs",
+                f"task {self.source.name!r}: {length(targets)} targets for {count} calibration inputs",
                 "give one target an input",
             )
         start = 0
         while start < count:
             stop = min(count, start + (self.chunk if self.batched else 1))
-            part = _take(inputs, start, stop), _take(targets, start, stop)
+            part = take(inputs, start, stop), take(targets, start, stop)
             if self.batched:
                 try:
                     found = self._together(*part)
@@ -195,14 +198,14 @@ class _Worker:
             ) from error
 
 
-def _take(batch: Any, start: int, stop: int) -> Any:
+def take(batch: Any, start: int, stop: int) -> Any:
     """Examples ``start`` to ``stop`` of a batch, whatever its structure of tensors."""
     if isinstance(batch, Tensor):
         return batch[start:stop]
     if isinstance(batch, Mapping):
-        return {key: _take(value, start, stop) for key, value in batch.items()}
+        return {key: take(value, start, stop) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_take(value, start, stop) for value in batch)
+        return type(batch)(take(value, start, stop) for value in batch)
     return batch
 
 
@@ -215,7 +218,8 @@ def _lift(example: Any) -> Any:
     return example[None]
 
 
-def _length(batch: Any) -> int:
+def length(batch: Any) -> int:
+    """Examples in a batch, whatever its structure."""
     while isinstance(batch, Mapping | tuple | list):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch)
