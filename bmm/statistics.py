@@ -129,14 +129,19 @@ def flat(batches: Any) -> Iterator[Tensor]:
 
 def source_of(thing: Any) -> str:
     """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
-    kind = type(thing) if isinstance(thing, nn.Module) else inspect.unwrap(getattr(thing, "func", thing))
+    kind = inspect.unwrap(getattr(thing, "func", thing))
+    if not inspect.isroutine(kind) and not inspect.isclass(kind):
+        kind = type(kind)
     with contextlib.suppress(OSError, TypeError):
         return inspect.getsource(kind)
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
 def _bound(thing: Any, seen: set[int]) -> Iterator[Tensor | str]:
-    """Tensors and plain values a function carries along (a task's head): arguments of a partial, defaults, closure."""
+    """Tensors and plain values a function carries along, such as a task's head.
+
+    They may stand in the arguments of a partial, in defaults, in a closure or in attributes.
+    """
     if isinstance(thing, Tensor):
         yield thing
     elif thing is None or isinstance(thing, str | int | float | bool):
@@ -153,8 +158,10 @@ def _bound(thing: Any, seen: set[int]) -> Iterator[Tensor | str]:
             for item in thing:
                 yield from _bound(item, seen)
         elif callable(thing):
-            cells = (cell.cell_contents for cell in getattr(thing, "__closure__", None) or ())
             for part in ("func", "args", "keywords", "__self__", "__defaults__", "__kwdefaults__"):
                 yield from _bound(getattr(thing, part, None), seen)
-            for held in cells:
-                yield from _bound(held, seen)
+            for cell in getattr(thing, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # a cell that is still empty
+                    yield from _bound(cell.cell_contents, seen)
+            if not isinstance(thing, type):
+                yield from _bound(getattr(thing, "__dict__", None), seen)

@@ -237,8 +237,8 @@ def test_a_likelihood_of_ones_own():
 # -- tasks, recipe, cache ----------------------------------------------------------------------------------------------
 
 
-def labels(family, split="calibration"):
-    """Labels for the family's calibration inputs: which is the point of the argument, not whether they are right."""
+def labels(family):
+    """Labels for the family's calibration inputs; they need not be right."""
     return {t.name: torch.arange(len(t.calibration)) % 4 for t in tasks(family)}
 
 
@@ -331,10 +331,28 @@ def test_fishers_are_cached_read_lazily_and_rebuilt_when_stale(family, tmp_path)
         assert (len(stamps(tmp_path)) > count) == ("batch_size" not in changed)
 
 
-def test_a_changed_head_makes_the_cache_stale(family, tmp_path):
+class Head:
+    """A forward that is an object with its head in an attribute."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def __call__(self, net, x):
+        return net(x) @ self.head.T
+
+
+def apply_head(net, x, head):
+    return net(x) @ head.T
+
+
+def closed_over(head):
+    return lambda net, x: net(x) @ head.T
+
+
+@pytest.mark.parametrize("make", [lambda h: partial(apply_head, head=h), closed_over, Head], ids=str)
+def test_a_changed_head_makes_the_cache_stale(family, tmp_path, make):
     def headed(scale):
-        heads = {t.name: t.forward.__defaults__[0] * scale for t in tasks(family)}
-        return [replace(t, forward=partial(apply_head, head=heads[t.name])) for t in tasks(family)]
+        return [replace(t, forward=make(t.forward.__defaults__[0] * scale)) for t in tasks(family)]
 
     one = opened(family, tmp_path, headed(1.0)).collect_fishers()
     count = len(stamps(tmp_path))
@@ -342,10 +360,6 @@ def test_a_changed_head_makes_the_cache_stale(family, tmp_path):
     assert len(stamps(tmp_path)) == 2 * count
     assert not torch.equal(one[0]["q.weight"], two[0]["q.weight"])
     assert opened(family, tmp_path, headed(1.0)).collect_fishers()[0].path == one[0].path
-
-
-def apply_head(net, x, head):
-    return net(x) @ head.T
 
 
 def test_the_order_of_the_tasks_changes_no_fisher(family, tmp_path):
