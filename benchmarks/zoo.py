@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,22 @@ def mean(scores: list[Score]) -> float:
 
 
 class Bench:
-    """One zoo, opened once; cells are computed where their file is missing."""
+    """One zoo (or some of its tasks), opened once; cells are computed where their file is missing."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.run = Run(Recipe.from_dict({"zoo": args.zoo, "autocast": args.autocast}))
-        self.blind = [replace(task, test=None) for task in self.run.tasks]
+    def __init__(self, args: argparse.Namespace, names: Sequence[str] = (), tag: str = "") -> None:
+        self.args, self.label = args, args.zoo + tag
+        opened = zoo.find(args.zoo)
+        experts = {k: str(v) for k, v in opened.experts.items() if not names or k in names}
+        self.keys = {"base": str(opened.base), "experts": experts, "autocast": args.autocast}
+        tasks = [task for task in opened.tasks() if task.name in experts]
+        self.run = Run(Recipe.from_dict(self.keys), tasks=tasks, model=zoo.model)
+        self.blind = [replace(task, test=None) for task in tasks]
         self.grams: Any = None
         args.work.mkdir(parents=True, exist_ok=True)
 
     def cell(self, name: str, compute: Any) -> dict[str, Any] | None:
         """The stored result of that name, or a new one; None with --print where there is none."""
-        path = self.args.work / f"{self.args.zoo}-{name}.json"
+        path = self.args.work / f"{self.label}-{name}.json"
         if not path.exists():
             if self.args.print:
                 return None
@@ -97,18 +102,14 @@ class Bench:
         name = f"{label}-b{args.budget}-s{seed}"
 
         def compute() -> dict[str, Any]:
-            out = args.work / f"{args.zoo}-{name}"
+            out = args.work / f"{self.label}-{name}"
             given: dict[str, Any] = {"tasks": self.blind, "model": zoo.model}
             if (out / "result.json").exists():
                 result = load_result(out)
             elif (out / "study.db").exists():
                 result = bmm.tune(resume=out, **given)
             else:
-                opened = zoo.find(args.zoo)
-                result = bmm.tune(
-                    base=str(opened.base), experts={k: str(v) for k, v in opened.experts.items()}, budget=args.budget,
-                    seed=seed, autocast=args.autocast, out=str(out), **given, **keys,
-                )  # fmt: skip
+                result = bmm.tune(budget=args.budget, seed=seed, out=str(out), **self.keys, **given, **keys)
             model = open_checkpoint(out / "model")
             trials = result.trials
             return {
@@ -182,21 +183,27 @@ def table(bench: Bench) -> tuple[list[list[str]], list[tuple[float, float]]]:
     return lines, timing
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--zoo", default="vit8")
-    parser.add_argument("--anchors", nargs="*", help="default: all that take this many experts")
-    parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES)
-    parser.add_argument("--headline", nargs="*", default=["tsv"], help="anchors that get all seeds")
+def options(description: str, zoo_name: str = "vit8") -> argparse.ArgumentParser:
+    """Flags that all accuracy benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--zoo", default=zoo_name)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=50)
-    parser.add_argument("--calibration", type=int, default=64)
-    parser.add_argument("--groups", default="depth")
     parser.add_argument("--autocast", default="bfloat16", help="precision of all scores")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--print", action="store_true", help="run nothing, show what is there")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--anchors", nargs="*", help="default: all that take this many experts")
+    parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES)
+    parser.add_argument("--headline", nargs="*", default=["tsv"], help="anchors that get all seeds")
+    parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--groups", default="depth")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--print", action="store_true", help="run nothing")
     args = parser.parse_args()
     if args.quick:
         args.anchors, args.sources, args.seeds, args.budget = ["tsv"], ["data"], 1, min(args.budget, 12)
