@@ -26,7 +26,7 @@ LAYERS = [
     ["search"],
     ["zoo", "recipe", "report"],
     ["run"],
-    ["tuning"],
+    ["tuning", "masking"],
     ["api"],
     ["__init__"],
 ]

@@ -19,6 +19,8 @@ beta_i nearly flat, from 1 to e^(N + 1) between the extremes.
     b_i    = min-max over [cut, max] of beta_i, cut the (ratio D)-th largest; 0 below
     d      = sum_i b_i tau_i / sum_i b_i
 
+Either form is discontinuous at the cut: an entry alone in its coordinate keeps its full size just above it, however
+small its weight, and vanishes below.
 Entries of 0 take no part: a task that did not move a parameter does not thin out those that did.
 """
 
@@ -112,9 +114,10 @@ class _CodeScorer:
         return taus[i].sign() * taus[i].double().abs().clamp(self.low[i], self.high[i])
 
     def competition(self, scores: Tensor, cut: float, top: float) -> Tensor:
+        ranked = scores.float().double()  # in the cut's precision: what is at the cut must weigh 0, not 1e-9
         if top <= cut:  # one entry is kept, or all score alike
-            return ((scores.float() >= cut) & (scores > 0)).double()
-        return ((scores - cut) / (top - cut)).clamp(min=0)
+            return ((ranked >= cut) & (ranked > 0)).double()
+        return ((ranked - cut) / (top - cut)).clamp(min=0)
 
 
 def _code_scorer(stream: _Weighted) -> _CodeScorer:
