@@ -25,7 +25,9 @@ def della(
     """MAGPRUNE, elect, fuse (arXiv 2406.11617): ``taus`` (T, *shape) -> (*shape).
 
     ``fuse`` "agree_mean" is the published merge; "sum" leaves the election out (mergekit's ``della_linear``) and wants
-    a smaller scale. One expert at drop 0 and scale 1 gives that expert.
+    a smaller scale. The mean is over what agrees and was not dropped, so that a coordinate that one task keeps gets all
+    of it, divided by ``1 - p``: the more is dropped, the smaller the scale must be. One expert at drop 0 and scale 1
+    gives that expert.
     """
     pruned = [magprune(tau, context.name, drop, epsilon, ranking, seed) for tau in taus]
     return fuse_all(torch.stack(pruned), context.weights, fuse)

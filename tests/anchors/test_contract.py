@@ -23,7 +23,7 @@ IDENTITIES = {
     "wudi_exact": {},
     "regmean": {},
     "breadcrumbs": {"beta": 0.0, "gamma": 1.0, "scale": 1.0},
-    "della": {"drop": 0.0},
+    "della": {"drop": 0.0, "scale": 1.0},
     "magmax": {"scale": 1.0},
     "consensus_ta": {"scale": 1.0},
     "pcb": {"balance": "paper", "ratio": 1.0},

@@ -107,7 +107,7 @@ def test_ranking_in_rows_or_in_the_whole_tensor():
 @pytest.mark.parametrize("fuse", ["sum", "agree_sum", "agree_mean"])
 def test_della_fuses_what_agrees(fuse):
     base, models = models_of(5)
-    merged = merge("della", base, models, fuse=fuse, drop=0.6, epsilon=0.3, seed=4)
+    merged = merge("della", base, models, fuse=fuse, drop=0.6, epsilon=0.3, seed=4, scale=1)
     for name in base:
         pruned = np.stack([magprune(m[name], name, 0.6, 0.3, "row", 4).double().numpy() for m in models])
         agree = np.ones_like(pruned, bool) if fuse == "sum" else np.sign(pruned) == np.sign(pruned.sum(0))
@@ -118,7 +118,7 @@ def test_della_fuses_what_agrees(fuse):
 
 
 def test_cancelling_entries_stay_at_the_base():
-    assert from_zero("della", [1, 2], [-1, 1], drop=0.0).tolist() == [0, 1.5]
+    assert from_zero("della", [1, 2], [-1, 1], drop=0.0, scale=1).tolist() == [0, 1.5]
 
 
 # -- MagMax, EMR ------------------------------------------------------------------------------------------------------
