@@ -13,6 +13,7 @@ from .checkpoint import ModelPool, open_checkpoint
 from .errors import RecipeError
 from .evaluation import Task
 from .grams import TaskGrams
+from .masking import merge_masked, reconstruct_task
 from .notation import StateDict
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
@@ -91,6 +92,7 @@ def merge(
     trial: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    masks: bool = False,
     tasks: Sequence[Task] | str | None = None,
     model: ModelBuilder | str | None = None,
     progress: Progress = silent,
@@ -103,6 +105,8 @@ def merge(
             ``study`` the anchor method itself is the merge, streamed tensor by tensor.
         study, trial: merge as in this trial of a study (default: its best).
         out: write a checkpoint there and return its path; otherwise return the tensors (float32).
+        masks: with ``out`` and the anchor emr or consensus_ta: write the unified model, and next to it a mask a task,
+            from which `reconstruct` makes each task's own model.
 
     Raises:
         RecipeError, CheckpointError, GramError, MergeError, StudyError, WriteError: see `bmm.errors`.
@@ -117,6 +121,10 @@ def merge(
         recipe = {k: v for k, v in result.recipe.items() if k != "out"}
     chosen = make_recipe(recipe, **keys, **_targets(tasks, model)).relative_to(Path.cwd())
     plain = point is None and lam is None
+    if masks:
+        if not plain or out is None:
+            raise RecipeError("masks go with a plain merge that is written", "drop lam and study, and give out")
+        return merge_masked(chosen, Path(out), overwrite, progress)
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
@@ -152,6 +160,32 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
             progress("merge", done + 1, total, pair[0])
 
     return write_model(run, counted(), out, card, overwrite=overwrite)
+
+
+def reconstruct(
+    folder: str | Path,
+    task: str,
+    *,
+    out: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: str = "same",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> StateDict | Path:
+    """One task's model from a merge that was written with ``masks``.
+
+    Args:
+        folder: what ``merge(..., masks=True)`` wrote.
+        task: the name of one of its experts.
+        out: write a checkpoint there and return its path; otherwise return the tensors.
+        base: where the base is now, where it has moved since the merge.
+        dtype: of the floating tensors: same (as the base's), float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: no masks there, or damaged ones, or another base; MergeError: no such task;
+        RecipeError: no such dtype; WriteError: see `bmm.errors`.
+    """
+    return reconstruct_task(folder, task, out, base, dtype, overwrite, progress)
 
 
 def evaluate(

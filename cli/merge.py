@@ -16,6 +16,7 @@ from .output import Console, emit
 @click.option("--rho", type=float, default=1.0, show_default=True, help="Assembly scale that goes with --lam.")
 @click.option("--study", type=click.Path(exists=True), help="Merge as the best trial of this study.")
 @click.option("--trial", type=int, default=None, help="With --study: this trial in place of the best.")
+@click.option("--masks", is_flag=True, help="Keep a mask a task for `bmm reconstruct` (anchors emr, consensus_ta).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder once the new one is whole.")
 @recipe_options(*ANCHOR, *INPUT, *BMM, *GRAMS, *RUNTIME, *OUTPUT)
 @common
@@ -25,6 +26,7 @@ def command(
     rho: float,
     study: str | None,
     trial: int | None,
+    masks: bool,
     overwrite: bool,
     recipe: str | None,
     as_json: bool,
@@ -39,6 +41,8 @@ def command(
     \b
     bmm merge --anchor ties --knob density=0.3 --out merged
     bmm merge --base m/base --expert m/a --expert m/b --anchor task_arithmetic --out merged
+    bmm merge --anchor task_arithmetic --weights mnist=-1 --out merged        forget a task
+    bmm merge --anchor emr --masks --out merged                               bmm reconstruct merged --task NAME
     bmm merge --anchor tsv --grams datafree --lam 1 --out merged
     bmm merge --study runs/vit8-tsv-data-seed0 --trial 7 --out merged
     """
@@ -50,9 +54,11 @@ def command(
         raise click.UsageError("--study brings its own recipe and hyperparameters; drop --lam and --recipe")
     if trial is not None and not study:
         raise click.UsageError("--trial goes with --study")
+    if masks and (study or lam is not None):
+        raise click.UsageError("--masks goes with a plain merge; drop --study and --lam")
     source: dict[str, Any] = (
         {"study": study, "trial": trial, **collected(values)} if study else {"recipe": load_recipe(recipe, values)}
     )
     with Console(quiet) as console:
-        path = merge(lam=lam, rho=rho, out=out, overwrite=overwrite, progress=console.stage, **source)
+        path = merge(lam=lam, rho=rho, out=out, overwrite=overwrite, masks=masks, progress=console.stage, **source)
     emit(f"merged checkpoint: {path}", {"checkpoint": str(path)}, as_json)

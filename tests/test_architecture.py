@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["statistics"],
     ["run"],
-    ["tuning"],
+    ["tuning", "masking"],
     ["api"],
     ["__init__"],
 ]
@@ -107,3 +108,9 @@ def test_using_the_library_loads_no_search_engine():
 def test_help_loads_no_torch():
     loaded = loaded_after("from bmm_cli.main import bmm\ntry: bmm(['--help'])\nexcept SystemExit: pass")
     assert not loaded & {"torch", "numpy", "ax", "rich"}
+
+
+def test_every_package_is_shipped():
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(p.parent.relative_to(ROOT.parent).parts) for p in ROOT.rglob("__init__.py")}
+    assert {*settings["packages"]} == found | {"bmm_cli"}

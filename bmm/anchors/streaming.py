@@ -40,7 +40,7 @@ class Statistics:
         return bool(self.fisher) if need == "fisher" else getattr(self, need) is not None
 
 
-def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``; values beyond its range become its largest ones, not infinities."""
     if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return tensor.to(dtype)
@@ -64,7 +64,7 @@ def _grams_of(
     return tuple(stack[t][:width, :width].to(device) for t in kept)
 
 
-def _weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:
+def checked_weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:
     """The task weights (T,), checked against what the method takes."""
     if given is None:
         return torch.ones(experts)
@@ -215,7 +215,7 @@ def merge_stream(
     require_agreement(base, experts)
     _require_count(anchor, len(experts))
     count = len(experts)
-    task_weights = _weights(anchor, weights, count)
+    task_weights = checked_weights(anchor, weights, count)
     kept = task_weights.nonzero()[:, 0].tolist()  # a task of weight 0 is left out, whatever the method
     experts, task_weights = [experts[t] for t in kept], task_weights[kept]
     if fisher and len(fisher) != count:
@@ -271,7 +271,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
                     d = job.merge(job.context(name, w0, depths[name], state), taus)
                     w0 = (w0 + d).contiguous()
                     require_finite(f"{name}, merged by {anchor.name},", w0)
-                merged = _narrow(w0, job.dtype or stored.dtype).to(stored.device)
+                merged = narrow(w0, job.dtype or stored.dtype).to(stored.device)
             if name in targets:
                 shared[name] = merged
         yield name, merged

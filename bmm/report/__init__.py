@@ -1,6 +1,7 @@
 """Results for people to read."""
 
 from .card import merge_card, study_card, versions
+from .methods import knob_range, method_page, methods_index, write_pages
 from .tables import (
     gap_error,
     gap_line,
@@ -14,6 +15,6 @@ from .tables import (
 )
 
 __all__ = [
-    "gap_error", "gap_line", "markdown", "mean_and_error", "merge_card", "percent", "score_table", "study_card",
-    "text_report", "trial_rows", "trial_table", "versions",
+    "gap_error", "gap_line", "knob_range", "markdown", "mean_and_error", "merge_card", "method_page", "methods_index",
+    "percent", "score_table", "study_card", "text_report", "trial_rows", "trial_table", "versions", "write_pages",
 ]  # fmt: skip

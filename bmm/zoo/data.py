@@ -31,4 +31,5 @@ def load_task(folder: Path, name: str) -> Task:
         test=(arrays["test_x"], arrays["test_y"].long()),
         calibration=arrays["calibration_x"],
         forward=partial(classify, weight=heads[f"{name}.weight"].float(), bias=heads[f"{name}.bias"].float()),
+        batch_size=128,  # on a CPU a quarter faster than 512: activations stay in its cache
     )

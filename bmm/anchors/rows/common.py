@@ -12,6 +12,19 @@ DROP = Knob("drop", 0.9, 0.0, 0.99, "float", "probability of dropping an entry")
 SEED = Knob("seed", 0, 0, 2**31 - 1, "int", "seed of the random masks")
 
 
+def fuse(default: str) -> Knob:
+    """How thinned-out task vectors join."""
+    return Knob(
+        "fuse",
+        default,
+        None,
+        None,
+        "choice",
+        "sum of all entries, or sum or mean of those that agree in sign",
+        choices=("sum", "agree_sum", "agree_mean"),
+    )
+
+
 def scale(default: float) -> Knob:
     """A factor on the whole merged task vector."""
     return Knob("scale", default, 0.0, 2.0, "float", "factor on the merged task vector", linear=True)

@@ -1,0 +1,32 @@
+"""How task vectors that were thinned out join into one: a sum, or what agrees with an elected sign."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .anchor import scaled, weighted_sum
+from .ties import elect
+
+Fuse = Literal["sum", "agree_sum", "agree_mean"]
+
+
+def fuse_all(taus: Tensor, weights: Tensor, how: Fuse) -> Tensor:
+    """Join ``taus`` (T, *shape) -> (*shape), each multiplied by its task weight first.
+
+    "sum": all entries. "agree_sum" and "agree_mean": only those with the sign of their sum, which is elected tensor by
+    tensor; the mean divides by the sum of ``|a_t|`` over the entries that agree, zeros not counted. Coordinates whose
+    entries cancel exactly stay at the base: there is no majority sign of the model here, as TIES has.
+    """
+    if how == "sum":
+        return weighted_sum(taus, weights)
+    kept = scaled(taus, weights)  # (T, *shape)
+    agree = (kept.sign() == elect(kept)) & (kept != 0)  # (T, *shape)
+    total = torch.where(agree, kept, torch.zeros_like(kept)).sum(0, dtype=torch.float64)  # (*shape)
+    if how == "agree_mean":
+        sizes = weights.abs().to(total).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
+        count = (agree * sizes).sum(0)  # (*shape)
+        total = total / count.where(count > 0, torch.ones_like(count))
+    return total.to(taus.dtype)
