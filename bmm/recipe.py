@@ -41,7 +41,9 @@ class Recipe:
     model: str = _key("transformers", "Builds the model: 'transformers' (from the base's config), or FILE.py:FUNCTION.")
     tasks: str = _key("", "FILE.py:FUNCTION (or MODULE:FUNCTION) that returns a list of bmm.Task.")
     skip: tuple[str, ...] = _key((), "Glob patterns of parameters to leave out of the merge (task heads).", many=True)
-    anchor: str = _key("tsv", "The prior: a method of `bmm anchors`, or path:FOLDER for a merge made elsewhere.")
+    anchor: str = _key(
+        "tsv", "The prior: METHOD or METHOD+lines of `bmm anchors`, or path:FOLDER for a merge made elsewhere."
+    )
     knobs: dict[str, Any] = _key(dict, "The anchor's knobs: NAME=VALUE (see `bmm anchors NAME`).", mapping="number")
     grams: str = _key("data", "Gram matrices: activations, task vectors, or a mix.", choices=GRAMS)
     gamma: float = _key(0.5, "Share of the data-free Gram when grams is hybrid.", low=0.0, high=1.0)

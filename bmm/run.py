@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .recipe import Recipe, load_function
 from .records import Score
+from .search.study import objective as mean_score
+from .search.study import shares_of
 
 ModelBuilder = Callable[[], nn.Module]
 T = TypeVar("T")
@@ -103,6 +106,7 @@ class Run:
         if tasks is not None:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts)}
             self.tasks = [by_name[name] for name in self.experts]
+        self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
@@ -212,7 +216,23 @@ class Run:
         found: dict[str, Any] = {}
         if "grams" in anchors.get(name).needs:
             found["grams"] = anchor_grams(grams if grams is not None else self.collect_grams())
+        if "score" in anchors.get(name).needs:
+            found["score"] = self.objective()
         return found
+
+    def objective(self) -> Callable[[Tensors], float]:
+        """What the search maximises, as a function of a model's tensors: the mean over tasks of validation score /
+        the expert's own, by task weight. Experts are scored at once; each call reports progress as "candidates"."""
+        reference = {s.task: s.value for s in self.score_experts("validation")}
+        shares = shares_of(reference, dict(zip(self.experts, self.weights, strict=True)))
+        calls = itertools.count(1)
+
+        def objective(tensors: Tensors) -> float:
+            scores = {s.task: s.value for s in self.score(tensors, "validation")}
+            self.progress("candidates", done := next(calls), max(done, 2 * len(self.experts) - 1))
+            return mean_score(scores, reference, shares)
+
+        return objective
 
     def _transposed(self) -> list[str]:
         """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
@@ -258,11 +278,14 @@ class Run:
         )
 
     def score_experts(self, split: Any = "validation") -> list[Score]:
-        """Each task's score by its own expert."""
-        scores = []
+        """Each task's score by its own expert, measured once a split."""
+        if split in self._own_scores:
+            return self._own_scores[split]
+        scores: list[Score] = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             scores += self.score(expert, split, [task])
             self.progress("experts", done + 1, len(self.tasks), split)
+        self._own_scores[split] = scores
         return scores
 
     @property

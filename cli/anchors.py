@@ -9,6 +9,11 @@ import click
 
 from .output import emit
 
+FOOTER = """
+
+METHOD+lines is METHOD with a factor that rises with depth (LiNeS): tsv+lines, ties+lines, ...
+path:FOLDER takes any checkpoint merged elsewhere. Details: bmm anchors NAME"""
+
 
 @click.command("anchors")
 @click.argument("name", required=False)
@@ -21,6 +26,7 @@ def command(name: str | None, folder: str | None, as_json: bool, debug: bool) ->
     \b
     bmm anchors
     bmm anchors ties
+    bmm anchors tsv+lines
     """
     from bmm import anchors
     from bmm.report import markdown, method_page, write_pages
