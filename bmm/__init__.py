@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import anchors, grams, solver
-    from .api import collect_grams, evaluate, load_study, merge, reconstruct, tune
+    from .api import average, collect_grams, evaluate, load_study, merge, reconstruct, tune
     from .errors import BmmError
     from .evaluation import Task
     from .recipe import Recipe
     from .records import Hyperparameters, Score, StudyResult, Trial
 
 _HOMES = {
-    "tune": "api", "merge": "api", "evaluate": "api", "collect_grams": "api", "load_study": "api",
+    "average": "api", "tune": "api", "merge": "api", "evaluate": "api", "collect_grams": "api", "load_study": "api",
     "reconstruct": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
@@ -28,7 +28,7 @@ _MODULES = {"anchors", "grams", "solver"}
 
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "anchors",
-    "collect_grams", "evaluate", "grams", "load_study", "merge", "reconstruct", "solver", "tune",
+    "average", "collect_grams", "evaluate", "grams", "load_study", "merge", "reconstruct", "solver", "tune",
 ]  # fmt: skip
 
 

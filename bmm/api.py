@@ -20,6 +20,7 @@ from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
 from .run import ModelBuilder, Progress, Run, anchor_needs, silent
 from .search.database import StudyDatabase
+from .trajectory import average
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
 
 
@@ -257,3 +258,6 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
         return {g: float(value[g]) for g in groups}
     assert value is not None
     return {g: float(value) for g in groups}
+
+
+__all__ = ["average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "tune"]

@@ -21,9 +21,9 @@ from . import anchors, zoo
 from .checkpoint import Checkpoint, ModelPool, fingerprint_tensors, open_checkpoint
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
-from .evaluation.skeleton import from_transformers
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
+from .loading import ModelBuilder, build_model, find_device
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .recipe import Recipe, load_function
@@ -31,7 +31,6 @@ from .records import Score
 from .search.study import objective as mean_score
 from .search.study import shares_of
 
-ModelBuilder = Callable[[], nn.Module]
 T = TypeVar("T")
 
 
@@ -82,7 +81,7 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.progress = progress
-        self.device = _device(recipe.device)
+        self.device = find_device(recipe.device)
         base, experts = recipe.base, dict(recipe.experts)
         if not base and not experts:
             opened = zoo.find(recipe.zoo or "vit8")
@@ -117,15 +116,7 @@ class Run:
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
-            names: dict[str, str] = {}
-            if self._builder is not None:
-                model = self._builder()
-            elif self.recipe.model == "transformers":
-                model, names = from_transformers(self.recipe.base)
-            else:
-                model = load_function(self.recipe.model, "model")()
-            if not isinstance(model, nn.Module):
-                raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
+            model, names = build_model(self._builder, self.recipe.model, self.recipe.base)
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
@@ -301,16 +292,6 @@ def stopwatch(into: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         into[name] = into.get(name, 0.0) + time.perf_counter() - start
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"no device {name!r}", "cpu, cuda, cuda:1, mps ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {name}: this torch sees no CUDA device", "use device: cpu, or a CUDA build of torch")
-    return device
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def command(name: str | None, folder: str | None, as_json: bool, debug: bool) ->
     else:
         cells = [[a.name, a.title, ", ".join(sorted(a.needs)) or "-", _knobs(a), a.paper.split(",")[0]] for a in rows]
         text = markdown(["anchor", "method", "needs", "knobs", "arXiv"], cells)
-        emit(text + "\n\npath:FOLDER takes any checkpoint merged elsewhere. Details: bmm anchors NAME", data, as_json)
+        emit(text + FOOTER, data, as_json)
 
 
 def _knobs(anchor: Any) -> str:

@@ -14,6 +14,7 @@ COMMANDS = {
     "tune": "Search the best merge: the main command.",
     "merge": "One merge: plain, BMM at given hyperparameters, or a study's trial.",
     "reconstruct": "One task's own model from a merge with masks.",
+    "average": "Average the checkpoints of one training run.",
     "evaluate": "Score a checkpoint on every task.",
     "gram": "Collect activation Grams into the cache.",
     "anchors": "List the merge methods, or show one with its knobs.",

@@ -25,8 +25,9 @@ LAYERS = [
     ["merging"],
     ["search"],
     ["zoo", "recipe", "report"],
+    ["loading"],
     ["run"],
-    ["tuning", "masking"],
+    ["tuning", "masking", "trajectory"],
     ["api"],
     ["__init__"],
 ]

@@ -25,8 +25,8 @@ def slerp(taus: Tensor, context: Context, *, t: float, space: Space) -> Tensor:
     """``sin((1 - t) phi) / sin(phi) W_1 + sin(t phi) / sin(phi) W_2``, phi the angle between the two.
 
     The definition of Shoemake (1985), per tensor on vectors of any length, as mergekit (arXiv 2403.13257) applies it:
-    ``taus`` (2, *shape) -> (*shape). t = 0 gives the first expert, 1 the second. Where they are nearly parallel or opposite
-    (see `PARALLEL`), or one of them is zero, it is ``(1 - t) W_1 + t W_2``.
+    ``taus`` (2, *shape) -> (*shape). t = 0 gives the first expert, 1 the second. Where they are nearly parallel or
+    opposite (see `PARALLEL`), or one of them is zero, it is ``(1 - t) W_1 + t W_2``.
     """
     points = Points.of(taus, context, space)
     cosine = float(points.cosines[0, 1])

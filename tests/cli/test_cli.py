@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from bmm_cli.main import COMMANDS
 from tests.family import TASKS
 
 BMM = [sys.executable, "-c", "from bmm_cli.main import main; main()"]
@@ -35,7 +36,7 @@ def study(recipe, tmp_path_factory):
 
 def test_help_of_every_command_has_examples():
     top = bmm("--help").stdout
-    for name in ("tune", "merge", "reconstruct", "evaluate", "gram", "anchors", "inspect", "report"):
+    for name in COMMANDS:
         assert name in top
         text = bmm(name, "--help").stdout
         assert f"bmm {name}" in text.split("Options:")[0].split("\n", 2)[2]
