@@ -56,7 +56,7 @@ def _knobs(beta: float) -> tuple[Knob, ...]:
             None,
             None,
             "choice",
-            "norm: ||sum of task vectors|| / (T ||merged||), as published; one: 1",
+            "norm: length of the sum of task vectors over T times that of the merge, as published; one: 1",
             ("norm", "one"),
         ),
         Knob(
