@@ -36,7 +36,7 @@ def command(name: str | None, folder: str | None, as_json: bool, debug: bool) ->
     rows = [anchors.get(name)] if name else list(anchors.ANCHORS.values())
     data = [_row(a) for a in rows]
     if folder:
-        paths = write_pages(Path(folder), rows)
+        paths = write_pages(Path(folder))
         emit(f"{len(paths)} pages in {folder}", [str(p) for p in paths], as_json)
     elif name:
         emit(method_page(rows[0]).rstrip(), data[0], as_json)

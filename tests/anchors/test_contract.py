@@ -359,8 +359,8 @@ def test_every_bound_gives_a_finite_model(anchor):
             assert all(torch.isfinite(v).all() for v in merged.values()), (knob.name, value)
 
 
-# one of weight 2 is not the same expert twice: tsv and iso_cts share slots out among experts, a soup chooses; the others
-# take maxima of a_t tau_t, or count and compare tasks
+# one of weight 2 is not the same expert twice: tsv and iso_cts share slots out among experts, a soup chooses; the
+# others take maxima of a_t tau_t, or count and compare tasks
 REPEATS = {"tsv", "iso_cts", "greedy_soup", "magmax", "emr", "consensus_ta", "pcb"}
 
 

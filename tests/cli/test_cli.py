@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-
 from bmm_cli.main import COMMANDS
+
 from tests.family import TASKS
 
 BMM = [sys.executable, "-c", "from bmm_cli.main import main; main()"]
