@@ -137,7 +137,7 @@ def merge(
     tensors = prepared.merge(point)
     if out is None:
         return run.pool.with_ties(tensors)
-    extra = f"lam {point.to_json()['lam']}, rho {point.to_json()['rho']}"
+    extra = ", ".join(f"{name} {value}" for name, value in point.to_json().items())
     card = merge_card(f"anchor `{chosen.anchor}`, {extra}", chosen.to_dict(), chosen.to_yaml(), "bmm merge")
     return write_model(run, tensors, Path(out), card, overwrite=overwrite)
 
@@ -226,9 +226,10 @@ def collect_grams(
     progress: Progress = silent,
     **keys: Any,
 ) -> dict[str, TaskGrams]:
-    """Activation Grams by task, collected or read from the cache."""
+    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache."""
     run = _open(make_recipe(recipe, **keys, **_targets(tasks, model)), tasks, model, progress)
-    return dict(zip(run.experts, run.collect_grams(), strict=True))
+    grams = run.collect_grams() if run.recipe.inputs == "experts" else run.evidence()[1]
+    return dict(zip(run.experts, grams or [], strict=True))
 
 
 def load_study(path: str | Path) -> StudyResult:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import os
 import time
@@ -23,6 +22,8 @@ from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
+from .grams.store import flat as _flat
+from .grams.store import source_of as _source
 from .loading import ModelBuilder, build_model, find_device
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
@@ -30,6 +31,7 @@ from .recipe import Recipe, load_function
 from .records import Score
 from .search.study import objective as mean_score
 from .search.study import shares_of
+from .sequential import MergedInputs
 
 T = TypeVar("T")
 
@@ -133,6 +135,7 @@ class Run:
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
         store = GramStore(cache_folder(self.recipe) / "grams")
+        norms = self.recipe.norms == "regression"
         skeleton = self.skeleton
         names = {self._in_model.get(n, n) for n in self.pool.float_names}
         found = []
@@ -140,12 +143,16 @@ class Run:
             self.progress("grams", done, len(self.tasks), task.name)
             batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
             weights = expert.fingerprint() if isinstance(expert, Checkpoint) else fingerprint_tensors(expert)
-            key = fingerprint(weights, _flat(batches), {"code": _source(task.forward), "model": _source(skeleton)})
+            settings: dict[str, Any] = {"code": _source(task.forward), "model": _source(skeleton)}
+            if norms:
+                settings["norms"] = True
+            key = fingerprint(weights, _flat(batches), settings)
             grams = store.load(key)
             if grams is None:
                 with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
                     inputs = (to_device(b, self.device) for b in batches)
-                    grams = collect(skeleton, task.forward, inputs, names=names).renamed(self._stored)
+                    found_in_model = collect(skeleton, task.forward, inputs, names=names, norms=norms)
+                    grams = found_in_model.renamed(self._stored)
                 with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
                     store.save(key, grams)
             found.append(grams)
@@ -153,6 +160,20 @@ class Run:
         for notice in store.notices:  # a stale or damaged cache was rebuilt
             self.progress("notice", 1, 1, notice)
         return found
+
+    def _merged_inputs(self) -> MergedInputs:
+        """What Grams of the merged model's own inputs are collected with."""
+        recipe = self.recipe
+        return MergedInputs(
+            self.skeleton,
+            self.pool,
+            self.tasks,
+            [list(task.calibration_batches(recipe.calibration, recipe.batch_size)) for task in self.tasks],
+            GramStore(cache_folder(recipe) / "grams"),
+            self._in_model,
+            self.device,
+            self.progress,
+        )
 
     # -- merges --------------------------------------------------------------------------------------------------
 
@@ -195,20 +216,26 @@ class Run:
             self.pool.base,
             self.pool.experts,
             weights=self.weights if weighted else None,
-            **self.statistics(name, grams),
+            **self.statistics(name, grams, knobs),
             transposed=self._transposed(),
             device=self.device,
             dtype=dtype,
             **knobs,
         )
 
-    def statistics(self, name: str, grams: Sequence[TaskGrams] | None = None) -> dict[str, Any]:
+    def statistics(
+        self, name: str, grams: Sequence[TaskGrams] | None = None, knobs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What the method needs besides the weights, as keyword arguments of `bmm.anchors.merge_stream`."""
         found: dict[str, Any] = {}
         if "grams" in anchors.get(name).needs:
             found["grams"] = anchor_grams(grams if grams is not None else self.collect_grams())
         if "score" in anchors.get(name).needs:
             found["score"] = self.objective()
+        if "sequential_grams" in anchors.get(name).needs:
+            values = anchors.resolve_knobs(anchors.get(name), knobs or {})
+            behind = self._merged_inputs().behind_regmean(values, self.weights, self._transposed())
+            found["grams"] = anchor_grams(behind)
         return found
 
     def objective(self) -> Callable[[Tensors], float]:
@@ -237,23 +264,41 @@ class Run:
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
         recipe = self.recipe
-        recipe.require_evidence()
-        needs = recipe.grams != "datafree" or "grams" in anchor_needs(recipe.anchor)
-        grams = self.collect_grams() if needs else None
+        anchor, grams = self.evidence()
         return prepare_model(
             self.pool,
-            self.anchor(grams=grams),
-            grams if recipe.grams != "datafree" else None,
-            source=recipe.grams,
-            gamma=recipe.gamma,
-            weights=self.weights,
-            normalise=recipe.normalise,
+            anchor,
+            grams,
+            **self._regression(),
+            search=recipe.search,
             scheme=recipe.groups,
             bands=recipe.bands,
             overrides=recipe.group,
             device=self.device,
             progress=lambda done, total: self.progress("prepare", done, total),
         )
+
+    def evidence(self) -> tuple[StateDict, list[TaskGrams] | None]:
+        """The anchor, and the Grams of the recipe's ``inputs`` (none with data-free ones)."""
+        recipe = self.recipe
+        recipe.require_evidence()
+        own = recipe.grams != "datafree" and recipe.inputs == "experts"
+        grams = self.collect_grams() if own or "grams" in anchor_needs(recipe.anchor) else None
+        anchor = self.anchor(grams=grams)
+        if own or recipe.grams == "datafree":
+            return anchor, grams if own else None
+        return anchor, self._merged_inputs().behind_bmm(anchor, self._regression(), recipe.norms == "regression")
+
+    def _regression(self) -> dict[str, Any]:
+        """The recipe's part in what one module's regression is, as `prepare_model` takes it."""
+        recipe = self.recipe
+        return {
+            "source": recipe.grams,
+            "gamma": recipe.gamma,
+            "weights": self.weights,
+            "normalise": recipe.normalise,
+            "bias": recipe.bias,
+        }
 
     # -- scores --------------------------------------------------------------------------------------------------
 
@@ -296,25 +341,6 @@ def stopwatch(into: dict[str, float], name: str) -> Iterator[None]:
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _flat(batches: Any) -> Iterator[Tensor]:
-    if isinstance(batches, Tensor):
-        yield batches
-    elif isinstance(batches, Mapping):
-        for key in sorted(batches):
-            yield from _flat(batches[key])
-    elif isinstance(batches, list | tuple):
-        for item in batches:
-            yield from _flat(item)
-
-
-def _source(thing: Any) -> str:
-    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
-    kind = type(thing) if isinstance(thing, nn.Module) else inspect.unwrap(getattr(thing, "func", thing))
-    with contextlib.suppress(OSError, TypeError):
-        return inspect.getsource(kind)
-    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
 __all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs", "cache_folder", "silent", "stopwatch"]

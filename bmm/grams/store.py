@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import GramError, WriteError
 from .task_grams import TaskGrams
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
+
+
+_TENSORS = ("grams", "norms")
+"""The fields of `TaskGrams` that hold tensors: each is written under the field's name and a slash."""
 
 
 def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: dict[str, Any]) -> str:
@@ -47,6 +52,26 @@ def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: di
     return digest.hexdigest()
 
 
+def flat(batches: Any) -> Iterator[Tensor]:
+    """The tensors of a batch or of batches, in a fixed order, whatever holds them."""
+    if isinstance(batches, Tensor):
+        yield batches
+    elif isinstance(batches, Mapping):
+        for key in sorted(batches):
+            yield from flat(batches[key])
+    elif isinstance(batches, list | tuple):
+        for item in batches:
+            yield from flat(item)
+
+
+def source_of(thing: Any) -> str:
+    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
+    kind = type(thing) if isinstance(thing, nn.Module) else inspect.unwrap(getattr(thing, "func", thing))
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(kind)
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
+
+
 class GramStore:
     """The Gram cache in one folder; ``notices`` collects what was found stale or damaged, one line each."""
 
@@ -63,8 +88,12 @@ class GramStore:
     def save(self, fingerprint: str, grams: TaskGrams) -> Path:
         """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
         path = self.path(fingerprint)
-        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name != "grams"})
-        tensors = {key: gram.detach().cpu().contiguous() for key, gram in grams.grams.items()}
+        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name not in _TENSORS})
+        tensors = {
+            f"{kind}/{key}": gram.detach().cpu().contiguous()
+            for kind in _TENSORS
+            for key, gram in getattr(grams, kind).items()
+        }
         metadata = {
             "version": str(CODE_VERSION),
             "fingerprint": fingerprint,
@@ -118,7 +147,12 @@ def _read(path: Path, fingerprint: str) -> TaskGrams:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     if metadata["sha256"] != _checksum(fingerprint, metadata["body"], tensors):
         raise _Untrusted("damaged (checksum)")
-    return TaskGrams(grams=tensors, **json.loads(metadata["body"]))
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        found[kind][name] = tensor
+    record: dict[str, Any] = {**found, **json.loads(metadata["body"])}
+    return TaskGrams(**record)
 
 
 def _checksum(fingerprint: str, body: str, tensors: dict[str, Tensor]) -> str:
