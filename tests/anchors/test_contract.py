@@ -33,6 +33,7 @@ IDENTITIES = {
     "karcher": {},
     "greedy_soup": {},
     "task_arithmetic+lines": {"lines_beta": 0.0},
+    "regmean_pp": {},
 }
 WRAPPED = ["task_arithmetic+lines", "ties+lines", "tsv+lines", "regmean+lines"]
 UNSCALED = {"average", "greedy_soup", "model_stock", "slerp", "multi_slerp", "karcher"}
