@@ -9,7 +9,12 @@ same lam) and solves
 
 That is exact, but for one thing: a Cholesky factor cannot tell rounding from evidence. Where lam is less than a million
 times the Gram's rounding noise (never with float64 Grams and lam in the default range) the module is decomposed as in
-`bmm.solver`, at the price of an eigendecomposition. Memory: one more (o, i) matrix in float64 a task and module.
+`bmm.solver`, at the price of an eigendecomposition.
+
+Cost, measured on the zoo's vit8 (8 tasks, 27 modules on 19 inputs of 27 to 480, one thread): a merge takes 26 ms with
+fixed task weights, 135 ms with searched ones and 203 ms with a searched gamma (whose Grams no two modules share);
+scoring the merged model on the validation data takes 2.7 s. Memory: one more (o, i) matrix in float64 a task and
+module, two with hybrid Grams: 67 and 133 MiB there.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from bmm.recipe import Recipe
 
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
 RUNTIME = ("device", "autocast", "cache")
-GRAMS = ("calibration", "batch_size")
+GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs")
-BMM = ("grams", "gamma", "normalise", "inputs", "norms", "bias", "weights", "groups", "bands", "group")
+BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
 SEARCH = ("log10_lam", "rho", "search", "budget", "engine", "seed", "out")
 

@@ -6,6 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from bmm_cli.options import load_recipe
+from bmm_cli.tune import command as tune_command
+from click.testing import CliRunner
 
 import bmm
 from bmm.errors import RecipeError
@@ -221,6 +224,21 @@ def test_hyperparameters_survive_json_and_old_ones_load():
 def test_recipes_that_search_nonsense_are_refused(raw, said):
     with pytest.raises(RecipeError, match=said):
         Recipe.from_dict(raw)
+
+
+def test_flags_reach_the_recipe():
+    given = {
+        "search": ("weights", "anchor_scale", "weights"),
+        "norms": "regression",
+        "inputs": "merged",
+        "bias": "anchor",
+    }
+    recipe = load_recipe(None, given)
+    assert recipe.search == ("weights", "anchor_scale")
+    assert (recipe.norms, recipe.inputs, recipe.bias) == ("regression", "merged", "anchor")
+    done = CliRunner().invoke(tune_command, ["--search", "weigths"])
+    assert done.exit_code == 2
+    assert "weights" in done.output
 
 
 def test_a_bias_that_keeps_the_anchor(run, anchor, grams):

@@ -169,6 +169,21 @@ def test_bmm_behind_blocks_it_merged_itself(problem):
         torch.testing.assert_close(task.for_weight("head.weight"), own.for_weight("head.weight"), rtol=1e-4, atol=1e-5)
 
 
+def test_models_that_name_parameters_otherwise(problem, tmp_path):
+    """Checkpoints' names come out, whatever the model calls its parameters."""
+    collector, base, experts, _, _ = problem
+    knobs = {"off_diagonal": 0.9, "scale": 1.0}
+    plain = collector.behind_regmean(knobs, [1.0] * 3)
+    stored = [{f"enc.{n}": t for n, t in m.items()} for m in (base, *experts)]
+    renamed = MergedInputs(
+        collector.model, ModelPool(stored[0], stored[1:]), collector.tasks, collector.batches,
+        GramStore(tmp_path / "other"), {f"enc.{n}": n for n in base}, "cpu", collector.progress,
+    ).behind_regmean(knobs, [1.0] * 3)  # fmt: skip
+    for one, two in zip(plain, renamed, strict=True):
+        assert set(two.key_of) == {f"enc.{n}" for n in one.key_of}
+        assert all(torch.equal(one.for_weight(n), two.for_weight(f"enc.{n}")) for n in one.key_of)
+
+
 def test_the_cache_knows_what_the_grams_depend_on(problem):
     collector, _, _, _, seen = problem
     knobs = {"off_diagonal": 0.9, "scale": 1.0}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GramError
+from .accumulate import gram_dtype
 
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
@@ -49,8 +50,9 @@ class NormSite:
         if x_hat is None:
             self.failed = f"{type(self.module).__name__} is not affine in its weight, channel by channel"
             return
-        rows = _channels_last(x_hat, self.axis).reshape(-1, gamma.numel()).double()  # (n, c)
-        sums = torch.stack([rows.square().sum(0), rows.sum(0)], dim=1)  # (c, 2)
+        rows = _channels_last(x_hat, self.axis).reshape(-1, gamma.numel())  # (n, c)
+        rows = rows.to(gram_dtype(gamma.numel(), rows.device))
+        sums = torch.stack([rows.square().sum(0), rows.sum(0)], dim=1).cpu().double()  # (c, 2)
         with torch.inference_mode(False):
             self.sums = sums.clone() if self.count == 0 else self.sums + sums
         self.count += len(rows)
@@ -59,9 +61,9 @@ class NormSite:
         """The Gram of ``(x_hat, 1)`` of every channel, (c, 2, 2), or of ``x_hat`` alone (c, 1, 1) without a beta."""
         square, mean = (self.sums / self.count).unbind(1)  # (c,), (c,)
         if not self.biases:
-            return square[:, None, None].cpu()
+            return square[:, None, None]
         rows = [torch.stack([square, mean], -1), torch.stack([mean, torch.ones_like(mean)], -1)]
-        return torch.stack(rows, -2).cpu()  # (c, 2, 2)
+        return torch.stack(rows, -2)  # (c, 2, 2)
 
     def _x_hat(self, gamma: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What gamma multiplies, in the shape of the output; None where the module is not of that form."""
