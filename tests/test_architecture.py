@@ -30,6 +30,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["loading"],
     ["run"],
+    ["rebasin"],
     ["tuning", "masking", "trajectory"],
     ["api"],
     ["__init__"],
