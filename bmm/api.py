@@ -270,7 +270,7 @@ def align(
             raise RecipeError(f"align has no option {key!r}", did_you_mean(key, known))
     named = experts if isinstance(experts, Mapping) else {Path(p).stem: p for p in experts}
     if len(named) < len(experts):
-        raise RecipeError("two experts have the same file name", "give experts as a mapping {name: path}")
+        raise RecipeError("two experts have the same file name", "name them: a mapping {name: path}, or NAME=PATH")
     aligner = Aligner(
         reference, named, spec=spec, tasks=tasks, model=model, skip=skip, device=device, options=Options(**options),
         progress=progress,

@@ -16,6 +16,7 @@ COMMANDS = {
     "reconstruct": "One task's own model from a merge with masks.",
     "average": "Average the checkpoints of one training run.",
     "evaluate": "Score a checkpoint on every task.",
+    "align": "Permute experts that share no base into one basin.",
     "gram": "Collect activation Grams into the cache.",
     "anchors": "List the merge methods, or show one with its knobs.",
     "inspect": "What is in these checkpoints, and do they agree?",

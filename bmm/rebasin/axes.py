@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,56 @@ class Axes:
     def size(self, label: Label) -> int:
         """Units of a label's class."""
         return self._size[self.find(label).node]
+
+
+class Labelling:
+    """Labels of the tensors of a run. What was never labelled (an input, a constant) has a fixed order."""
+
+    def __init__(self) -> None:
+        self.axes = Axes()
+        self._permanent: dict[int, Labels] = {}
+        self._known: dict[int, Labels] = {}
+        self._alive: list[Tensor] = []  # ids are unique only among the living
+
+    def open(self, parameter: Tensor) -> Labels:
+        """New labels for a parameter or buffer of the model; they outlive the run."""
+        labels: Labels = [self.axes.new(n) if n > 1 else None for n in parameter.shape]
+        self._permanent[id(parameter)] = labels
+        self._alive.append(parameter)
+        return labels
+
+    def set(self, tensor: Tensor, labels: Labels) -> None:
+        if id(tensor) not in self._permanent:
+            self._alive.append(tensor)
+            self._known[id(tensor)] = labels
+
+    def forget(self) -> None:
+        """Drop the tensors of a run."""
+        self._known = {}
+        self._alive = [t for t in self._alive if id(t) in self._permanent]
+
+    def of(self, tensor: Tensor) -> Labels:
+        return self._permanent.get(id(tensor)) or self._known.get(id(tensor)) or [None] * tensor.dim()
+
+    def tie(self, tensor: Tensor | None, axis: int, label: Label | None) -> None:
+        """Join one axis of a tensor, if there is one, with a label."""
+        if tensor is not None:
+            self.axes.join(self.of(tensor)[axis], label)
+
+    def pin(self, tensor: Tensor, *axes: int) -> None:
+        for axis in axes:
+            self.axes.pin(self.of(tensor)[axis])
+
+    def pin_all(self, value: Any) -> None:
+        """Pin every axis of every tensor in a structure of them."""
+        if isinstance(value, Tensor):
+            for label in self.of(value):
+                self.axes.pin(label)
+        elif isinstance(value, Mapping):
+            self.pin_all(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self.pin_all(item)
 
 
 def reshaped(axes: Axes, labels: Labels, before: tuple[int, ...], after: tuple[int, ...]) -> Labels:

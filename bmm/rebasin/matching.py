@@ -10,6 +10,7 @@ by its best inner permutation, so that heads are found whatever the order inside
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,7 @@ class _Component:
 
     def __init__(self, reference: Tensors, experts: Sequence[Tensors], groups: Sequence[Group], seed: int) -> None:
         self.groups = groups
-        self.order = named_generator("rebasin order", seed, *(g.name for g in groups))
+        self.key = ("rebasin", seed, *(g.name for g in groups))
         names = sorted({s.tensor for g in groups for s in g.sites if s.matched})
         size = sum(reference[n].numel() for n in names)
         dtype = torch.float32 if size > LARGE else torch.float64
@@ -128,8 +129,11 @@ class _Component:
         if to == "first" or len(self.experts) == 1:
             return list(_added(histories))
         history = [self.objective()]
+        draw = named_generator(*self.key, "experts")
+        # Visited by content, so that the order in which they are given does not matter.
+        canonical = sorted(range(len(self.experts)), key=lambda k: _digest(self.experts[k]))
         for _ in range(max_passes):
-            for k in torch.randperm(len(self.experts), generator=self.order).tolist():
+            for k in (canonical[n] for n in torch.randperm(len(canonical), generator=draw).tolist()):
                 others = [self.reference, *(e for j, e in enumerate(self.experts) if j != k)]
                 target = {n: torch.stack([o[n] for o in others]).mean(0) for n in self.reference}
                 self.descend(k, target, max_passes)
@@ -140,10 +144,10 @@ class _Component:
 
     def descend(self, expert: int, target: Mapping[str, Tensor], max_passes: int) -> list[float]:
         """Coordinate descent of one expert towards ``target``."""
-        tensors = self.experts[expert]
+        tensors, draw = self.experts[expert], named_generator(*self.key, "groups")
         history = [_inner_product(target, tensors, list(target))]
         for _ in range(max_passes):
-            order = torch.randperm(len(self.groups), generator=self.order).tolist()
+            order = torch.randperm(len(self.groups), generator=draw).tolist()
             changed = [self._step(expert, self.groups[k], target) for k in order]
             history.append(_inner_product(target, tensors, list(target)) if any(changed) else history[-1])
             if not any(changed):
@@ -267,6 +271,13 @@ def _units(tensor: Tensor, group: Group, site: Site) -> Tensor:
 def _assign(gains: np.ndarray) -> Tensor:
     """``(n,)``: for each row the column it gets, so that the gains add up to the most."""
     return torch.from_numpy(linear_sum_assignment(gains, maximize=True)[1].astype(np.int64))
+
+
+def _digest(tensors: Tensors) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _inner_product(a: Tensors, b: Tensors, names: Sequence[str]) -> float:
