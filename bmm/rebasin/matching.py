@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..anchors.anchor import named_generator
+from ..checkpoint.agreement import info_of
 from ..errors import MergeError, did_you_mean
 from ..notation import Tensors
 from .permutation import Arrangement, Permutation, take
@@ -29,6 +30,8 @@ from .spec import Group, Site, Spec
 To = Literal["first", "mean"]
 LARGE = 1 << 26
 """Elements of a component above which the matching computes in float32."""
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-9}
+"""Gains below this share of the tensors' norms are rounding, by the dtype of the computation."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def match(
     """
     if to not in ("first", "mean"):
         raise MergeError(f"cannot match to {to!r}", did_you_mean(to, ("first", "mean")))
-    spec.check({n: tuple(reference[n].shape) for n in spec.tensors if n in reference})
+    spec.check({n: info_of(reference, n).shape for n in spec.tensors if n in reference})
     components = spec.components()
     found: list[dict[str, Arrangement]] = [{} for _ in experts]
     histories, sums = [], torch.zeros(len(experts), 4, dtype=torch.float64)
@@ -166,9 +169,10 @@ class _Component:
             if site.matched:
                 moved[site.tensor] = take(moved[site.tensor], group, site, step)
         before, after = _inner_product(target, tensors, names), _inner_product(target, moved, names)
-        # A group on both axes of one tensor makes the assignment an approximation: it may lose.
+        # A group on both axes of one tensor makes the assignment an approximation: it may lose. Less than rounding is
+        # no gain: steps to and fro would never end.
         size = sum(float(target[n].norm() * tensors[n].norm()) for n in names)
-        if after - before <= 1e-12 * size:
+        if after - before <= ROUNDING[tensors[names[0]].dtype] * size:
             return False
         tensors.update(moved)
         own = self.arrangements[expert]

@@ -213,6 +213,8 @@ def _expand(t: Labelling, out: Tensor, shapes: Any, x: Tensor, *args: Any, **kwa
 
 
 def _cat(t: Labelling, out: Tensor, shapes: Any, tensors: Any, dim: int = 0) -> Labels | None:
+    if any(x.dim() != out.dim() for x in tensors):  # torch takes an empty vector with anything
+        return None
     labels: Labels = []
     for axis in range(out.dim()):
         here = [t.of(x)[axis] for x in tensors]

@@ -234,3 +234,42 @@ def test_mistakes_are_one_line_and_a_hint(pair, run, args, code, words, tmp_path
     for word in words:
         assert word in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_checkpoints_of_transformers_need_no_model(kind, residual, tmp_path):
+    """Names, ties, Conv1D and the residual stream of real classes, through save_pretrained and back."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=32, tie_word_embeddings=True,
+        )  # fmt: skip
+        build = transformers.LlamaForCausalLM
+    else:
+        config = transformers.GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
+        build = transformers.GPT2LMHeadModel
+    tokens = torch.randint(32, (6, 7), generator=torch.Generator().manual_seed(0))
+    models = {}
+    for seed, name in enumerate("ab"):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            models[name] = build(config).eval()
+        models[name].save_pretrained(tmp_path / name)
+    last = bmm.Task(
+        "t", validation=({"input_ids": tokens}, tokens[:, 0]), forward=lambda model, batch: model(**batch).logits[:, -1]
+    )
+    found = bmm.align(
+        tmp_path / "a", [tmp_path / "b"], tasks=[last], residual=residual, within="vo", points=3, out=tmp_path / "o"
+    )
+    assert len(found.spec.groups) == 4 + residual
+    assert found.spec.notices == ()
+    aligned = build.from_pretrained(tmp_path / "o" / "b").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(tokens).logits, models["b"](tokens).logits, atol=1e-6, rtol=1e-6)
+    embedding = aligned.get_input_embeddings().weight
+    assert torch.equal(embedding, models["b"].get_input_embeddings().weight) != residual
+    assert aligned.get_output_embeddings().weight is embedding
