@@ -45,7 +45,7 @@ def rule_of(name: str) -> Rule | None:
     if name in _RESHAPES:
         return _reshape
     if name.rstrip("123d") in _POOLS:
-        return _pool
+        return _POOL_OF.get(name[-2:], _pool)
     return _RULES.get(name)
 
 
@@ -83,11 +83,22 @@ def _reshape(t: Labelling, out: Tensor, shapes: Any, x: Tensor, *args: Any, **kw
 
 
 def _pool(t: Labelling, out: Tensor, shapes: Any, x: Tensor, *args: Any, **kwargs: Any) -> Labels | None:
+    """``interpolate`` takes batches only; pools take single inputs too, whose second axis is no channel."""
     if x.dim() < 3 or x.dim() != out.dim() or x.shape[:2] != out.shape[:2]:
         return None
     for label in t.of(x)[2:]:
         t.axes.pin(label)
     return [*t.of(x)[:2], *[None] * (x.dim() - 2)]
+
+
+def _pool_over(axes: int) -> Rule:
+    def rule(t: Labelling, out: Tensor, shapes: Any, x: Tensor, *args: Any, **kwargs: Any) -> Labels | None:
+        return _pool(t, out, shapes, x) if x.dim() == axes + 2 else None
+
+    return rule
+
+
+_POOL_OF = {f"{axes}d": _pool_over(axes) for axes in (1, 2, 3)}
 
 
 def _linear(

@@ -112,6 +112,9 @@ def test_what_is_not_understood_is_pinned():
         lambda m: m[2](m[0](torch.ones(2, 6)) * torch.arange(11.0)),
         lambda m: m[2](torch.tensor(m[0](torch.ones(2, 6)).tolist())),
         lambda m: m[2](m[0](torch.ones(2, 6)).flip(-1)),
+        lambda m: m[2](
+            nn.functional.max_pool2d(m[0](torch.ones(2, 6))[:, :, None].expand(-1, -1, 5), 3, 1, 1).mean(-1)
+        ),
         lambda m: torch.cat([m[0](torch.ones(2, 6)), m[2](m[0](torch.ones(2, 6)))], 1),
     ],
 )
