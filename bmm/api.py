@@ -6,20 +6,25 @@ Every function takes a `Recipe`, or the recipe's keys as keyword arguments, or b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import ModelPool, open_checkpoint
-from .errors import RecipeError
+from .errors import RecipeError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
+from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct_task
 from .notation import StateDict
+from .progress import Progress, silent
+from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .run import ModelBuilder, Progress, Run, anchor_needs, silent
+from .run import Run, anchor_needs
 from .search.database import StudyDatabase
+from .trajectory import average
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
 
 
@@ -136,7 +141,7 @@ def merge(
     tensors = prepared.merge(point)
     if out is None:
         return run.pool.with_ties(tensors)
-    extra = f"lam {point.to_json()['lam']}, rho {point.to_json()['rho']}"
+    extra = ", ".join(f"{name} {value}" for name, value in point.to_json().items())
     card = merge_card(f"anchor `{chosen.anchor}`, {extra}", chosen.to_dict(), chosen.to_yaml(), "bmm merge")
     return write_model(run, tensors, Path(out), card, overwrite=overwrite)
 
@@ -225,9 +230,54 @@ def collect_grams(
     progress: Progress = silent,
     **keys: Any,
 ) -> dict[str, TaskGrams]:
-    """Activation Grams by task, collected or read from the cache."""
+    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache."""
     run = _open(make_recipe(recipe, **keys, **_targets(tasks, model)), tasks, model, progress)
-    return dict(zip(run.experts, run.collect_grams(), strict=True))
+    grams = run.collect_grams() if run.recipe.inputs == "experts" else run.evidence()[1]
+    return dict(zip(run.experts, grams or [], strict=True))
+
+
+def align(
+    reference: str | Path,
+    experts: Mapping[str, str | Path] | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    spec: Spec | str | Path | None = None,
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    skip: Sequence[str] = (),
+    device: str = "cpu",
+    progress: Progress = silent,
+    **options: Any,
+) -> Alignment:
+    """Permute the units of experts that share no base into a reference's basin (Git Re-Basin, arXiv 2209.04836).
+
+    Each aligned expert computes what it did before, and can be averaged with the reference: see docs/rebasin.md.
+
+    Args:
+        reference: the checkpoint that stays as it is.
+        experts: checkpoints of the same architecture by name; a list names them after their files.
+        out: write each aligned expert to ``out/NAME``.
+        spec: which axes share a permutation, as a `bmm.rebasin.Spec` or a YAML file. Without: transformer blocks are
+            found by name, and any network by a trace where ``tasks`` (and ``model``) are given.
+        tasks: validation data for the barrier between reference and expert, before and after.
+        options: keys of `bmm.rebasin.Options`: to, seed, heads, within, residual, points, loss.
+
+    Raises:
+        RecipeError, CheckpointError, MergeError, WriteError: see `bmm.errors`.
+    """
+    known = [f.name for f in fields(Options)]
+    for key in options:
+        if key not in known:
+            raise RecipeError(f"align has no option {key!r}", did_you_mean(key, known))
+    named = experts if isinstance(experts, Mapping) else {Path(p).stem: p for p in experts}
+    if len(named) < len(experts):
+        raise RecipeError("two experts have the same file name", "name them: a mapping {name: path}, or NAME=PATH")
+    aligner = Aligner(
+        reference, named, spec=spec, tasks=tasks, model=model, skip=skip, device=device, options=Options(**options),
+        progress=progress,
+    )  # fmt: skip
+    return aligner.align(out, overwrite)
 
 
 def load_study(path: str | Path) -> StudyResult:
@@ -257,3 +307,6 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
         return {g: float(value[g]) for g in groups}
     assert value is not None
     return {g: float(value) for g in groups}
+
+
+__all__ = ["average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "tune"]

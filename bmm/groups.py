@@ -7,7 +7,9 @@ common libraries are mapped to one vocabulary; an unknown name is its own role. 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .errors import RecipeError, did_you_mean
@@ -60,33 +62,88 @@ def role_of(parameter: str) -> str:
     return ".".join(words[-2:]) if words[-1].lower() in generic and len(words) > 1 else words[-1]
 
 
+@dataclass(frozen=True, order=True)
+class _Block:
+    """The block a parameter belongs to: a chain of blocks, and the block's place in it.
+
+    ``place`` starts with 0 for an encoder (or a model that has one part) and 1 for the decoder that follows it; then
+    one number a level: (0, 3) is block 3, (0, 2, 0) block 0 of stage 2.
+    """
+
+    chain: str
+    place: tuple[int, ...]
+
+
+def _block(parameter: str) -> _Block | None:
+    """The block of a parameter, None for what lies outside all blocks: embeddings, final norms, heads."""
+    words = parameter.lower().split(".")[:-1]
+    start = next((k for k, word in enumerate(words) if _NUMBERED.fullmatch(word)), None)
+    if start is None or not _HEADS.isdisjoint(words[:start]):
+        return None
+    levels = words[start : start + 2]
+    if start and words[start - 1] in _STAGES and words[start + 1 : start + 2] and words[start + 1] in _STAGES:
+        levels = words[start : start + 3 : 2]  # stages.0.blocks.1
+    numbers = [int(found[1]) for word in levels if (found := _NUMBERED.fullmatch(word))]
+    chain = ".".join("encoder" if word == "decoder" else word for word in words[:start])
+    return _Block(chain, (int("decoder" in words[:start]), *numbers))
+
+
 def depth_of(parameter: str) -> int | None:
-    """The first integer in a module's path, or None: 'blocks.3.mlp.fc1.weight' -> 3."""
-    for word in parameter.split("."):
-        if word.isdigit():
-            return int(word)
-    return None
+    """The number of a parameter's block (of its stage, where blocks come in stages): 'blocks.3.mlp.fc1.weight' -> 3.
+
+    None for what lies outside all numbered blocks, heads included.
+    """
+    block = _block(parameter)
+    return None if block is None else block.place[1]
 
 
 def relative_depths(parameters: Iterable[str]) -> dict[str, float]:
     """Where in the model each parameter sits: 0 for the first block and what feeds it, 1 for the last and what follows.
 
-    What carries no block index counts as input (0) if its name speaks of embeddings, patches, positions or a stem, and
-    as output (1) otherwise; a model without any block is all 1.
+    Blocks count in order of stage and block (``layer2.0`` of a ResNet follows ``layer1.2``), a decoder's after its
+    encoder's. Towers side by side (image and text) each run from 0 to 1. What belongs to no block counts as input (of
+    its encoder or decoder) where the name speaks of embeddings, patches, positions or a stem, and as output otherwise.
+    A model without blocks is all 1, as is a single block.
     """
-    names = list(parameters)
-    ranks = {d: n for n, d in enumerate(sorted({d for d in map(depth_of, names) if d is not None}))}
+    blocks = {name: _block(name) for name in parameters}
+    chains: dict[str, set[tuple[int, ...]]] = {}
+    for block in blocks.values():
+        if block:
+            chains.setdefault(block.chain, set()).add(block.place)
+    # (0, 2) beside (0, 2, 0) is part of the stage, not a block: it gets the depth of the stage's first block.
+    order = {
+        chain: sorted(p for p in places if not any(p == other[: len(p)] for other in places if other != p))
+        for chain, places in chains.items()
+    }
 
-    def place(name: str) -> float:
-        depth = depth_of(name)
-        if depth is not None:
-            return ranks[depth] / max(len(ranks) - 1, 1) if len(ranks) > 1 else 1.0
-        return 0.0 if ranks and _ENTRANCE.search(name.lower()) else 1.0
+    def inside(block: _Block) -> float:
+        places = order[block.chain]
+        return bisect_left(places, block.place) / (len(places) - 1) if len(places) > 1 else 1.0
 
-    return {name: place(name) for name in names}
+    halves: dict[str, list[float]] = {"encoder": [], "decoder": []}
+    for block in blocks.values():
+        if block:
+            halves["decoder" if block.place[0] else "encoder"].append(inside(block))
+
+    def outside(name: str) -> float:
+        entrance = bool(_ENTRANCE.search(name.lower())) and bool(order)
+        half = next((h for h in halves if h in name.lower().split(".")), "")
+        if all(halves.values()) and half:
+            return min(halves[half]) if entrance else max(halves[half])
+        return 0.0 if entrance else 1.0
+
+    return {name: inside(block) if block else outside(name) for name, block in blocks.items()}
 
 
-_ENTRANCE = re.compile(r"emb|patch|stem|cls|class_token|pos_|position|conv1|ln_pre|pre_layer|prenet|wte|wpe|token")
+_NUMBERED = re.compile(r"(?:(?:encoder_|decoder_)?layer_?|stage_?|block_?|group_?|res|denseblock_?|denselayer_?)?(\d+)")
+"""A number, or a block's name that ends in one: 3, layer1, encoder_layer_11, denseblock2."""
+_STAGES = frozenset({"layers", "stages", "blocks"})
+"""Of two containers of these names one within the other, the first holds stages and the second their blocks."""
+_HEADS = frozenset({"classifier", "head", "heads", "mlp_head", "lm_head", "fc", "pooler", "score", "predictions"})
+_ENTRANCE = re.compile(
+    r"emb|patch|stem|conv_proj|cls_token|class_token|token_type|_token|pos_|position|ln_pre|norm_pre|pre_la|prenet|wte|wpe"
+    r"|shared\.|(?:^|\.)(?:conv|bn|norm)[01]\.|coder\.conv\d"
+)
 
 
 def search_groups(
@@ -107,7 +164,8 @@ def search_groups(
         raise RecipeError(f"no grouping scheme {scheme!r}", did_you_mean(scheme, SCHEMES))
     if bands < 1:
         raise RecipeError(f"bands must be at least 1, not {bands}", "use groups: global for a single band")
-    depths = sorted({d for d in map(depth_of, names) if d is not None})
+    depth = relative_depths(names)
+    depths = sorted({depth[name] for name in names if _block(name)})
     rank = {d: n for n, d in enumerate(depths)}
 
     def group(name: str) -> str:
@@ -115,12 +173,12 @@ def search_groups(
             return "all"
         if scheme == "module":
             return module_of(name)
-        depth = depth_of(name)
-        if scheme == "role" or (depth is None and scheme == "bands"):
+        within = _block(name) is not None
+        if scheme == "role" or (scheme == "bands" and not within):
             return role_of(name)
-        if depth is None:
+        if not within:
             return "outside"
-        band = rank[depth] * min(bands, len(depths)) // len(depths)
+        band = rank[depth[name]] * min(bands, len(depths)) // len(depths)
         return f"depth.{band}" if scheme == "depth" else f"{role_of(name)}.{band}"
 
     groups = {name: group(name) for name in names}

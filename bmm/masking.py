@@ -12,9 +12,10 @@ from .anchors import MaskedModels, emr_compress, get, resolve_knobs, tall_compre
 from .checkpoint import Checkpoint, write_checkpoint
 from .errors import RecipeError, WriteError
 from .notation import StateDict
+from .progress import Progress, silent
 from .recipe import DTYPES, Recipe
 from .report import merge_card
-from .run import Progress, Run, silent
+from .run import Run
 
 METHODS = ("emr", "consensus_ta")
 

@@ -5,18 +5,20 @@ Left of this file things run once (checkpoints, anchor, Grams, decompositions); 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .checkpoint import ModelPool
-from .errors import GramError, RecipeError
-from .grams import TaskGrams, datafree, hybrid
+from .errors import GramError, RecipeError, did_you_mean
+from .grams import TaskGrams, datafree, hybrid_parts
 from .groups import search_groups
+from .norms import PreparedNorm, prepare_norm
 from .notation import StateDict, Tensors
 from .records import Hyperparameters
+from .repool import InputGrams, Mix, ModuleEvidence, NormEvidence, Trial
 from .solver import PreparedModule, Spectrum, decompose, join_bias, prepare, split_bias
 
 SOURCES = ("data", "datafree", "hybrid")
@@ -24,22 +26,34 @@ SOURCES = ("data", "datafree", "hybrid")
 
 @dataclass(frozen=True)
 class Slot:
-    """One module of the model: its weight, the bias that is solved with it (or ""), its layout and group."""
+    """One module of the model: its weight, the bias that is solved with it (or ""), its layout and group.
+
+    ``layout`` "norm": a norm's gamma and beta. ``evidence`` is there where the search changes the pooled Gram.
+    """
 
     weight: str
     bias: str
     layout: str
     group: str
-    prepared: PreparedModule
+    prepared: PreparedModule | PreparedNorm
+    evidence: ModuleEvidence | NormEvidence | None = None
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """All modules ready to merge; ``rest`` holds the tensors that keep the anchor (and the base's buffers)."""
+    """All modules ready to merge; ``rest`` holds the tensors that keep the anchor (and the base's buffers).
+
+    ``tasks`` and ``mix`` say which task weights and gamma the modules are prepared with. ``rest_base`` holds the base's
+    part of ``rest`` where the anchor's scale is searched, else None.
+    """
 
     slots: tuple[Slot, ...]
     rest: StateDict
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    tasks: tuple[str, ...] = ()
+    mix: Mix = Mix((), 0.0)
+    source: str = "data"
+    rest_base: StateDict | None = field(default=None, repr=False)
 
     @property
     def groups(self) -> list[str]:
@@ -49,32 +63,76 @@ class PreparedModel:
     def merge(self, hyperparameters: Hyperparameters) -> StateDict:
         """Merged tensors by name, in float32. ``lam = inf, rho = 1`` for every group is the anchor exactly.
 
+        Task weights and a gamma other than the prepared ones need the model prepared for their ``search``; every
+        module then costs one solve more, and every input one factorisation. ``anchor_scale`` moves the prior to
+        ``w0 + s (wa - w0)`` in every tensor of the model, solved or not, whatever the anchor is.
+
         Raises:
-            RecipeError: a group without a hyperparameter.
+            RecipeError: a group without a hyperparameter, or hyperparameters the model is not prepared for.
         """
-        missing = [g for g in self.groups if g not in hyperparameters.lam or g not in hyperparameters.rho]
-        if missing:
-            raise RecipeError(
-                f"no hyperparameters for group {', '.join(missing)}", f"groups of this model: {', '.join(self.groups)}"
-            )
-        out = dict(self.rest)
+        scale = self._check(hyperparameters)
+        mix = self._mix(hyperparameters)
+        trial = None if mix is None else Trial(mix)
+        out = self._rest(scale)
         for slot in self.slots:
-            merged = slot.prepared.merge(hyperparameters.lam[slot.group], hyperparameters.rho[slot.group])
+            lam, rho = hyperparameters.lam[slot.group], hyperparameters.rho[slot.group]
+            if trial is None or slot.evidence is None:
+                merged = slot.prepared.merge(lam, rho, scale)
+            else:
+                merged = slot.evidence.merge(lam, rho, scale, trial)
             out |= self._unpack(slot, merged)
         return out
 
     def sample(self, hyperparameters: Hyperparameters, sigma: float, generator: torch.Generator) -> StateDict:
         """One draw from the posterior over every module's weights, noise ``sigma`` (arXiv 2605.12843, appendix)."""
-        out = dict(self.rest)
+        scale = self._check(hyperparameters)
+        mix = self._mix(hyperparameters)
+        out = self._rest(scale)
         for slot in self.slots:
             lam, rho = hyperparameters.lam[slot.group], hyperparameters.rho[slot.group]
-            out |= self._unpack(slot, slot.prepared.sample(lam, rho, sigma, generator))
+            prepared = slot.prepared if mix is None or slot.evidence is None else slot.evidence.spectral(mix)
+            out |= self._unpack(slot, prepared.sample(lam, rho, sigma, generator, scale))
+        return out
+
+    def _check(self, point: Hyperparameters) -> float:
+        """The anchor's scale of a point that names every group."""
+        missing = [g for g in self.groups if g not in point.lam or g not in point.rho]
+        if missing:
+            raise RecipeError(
+                f"no hyperparameters for group {', '.join(missing)}", f"groups of this model: {', '.join(self.groups)}"
+            )
+        scale = 1.0 if point.anchor_scale is None else point.anchor_scale
+        if scale != 1 and self.rest_base is None:
+            raise RecipeError("the model is not prepared for another anchor_scale", "search: [anchor_scale]")
+        return scale
+
+    def _mix(self, point: Hyperparameters) -> Mix | None:
+        """The point's task weights and gamma; None where they are those the modules are prepared with."""
+        if unknown := sorted(point.weights.keys() - set(self.tasks)):
+            raise RecipeError(f"weight of unknown task {unknown[0]!r}", did_you_mean(unknown[0], self.tasks))
+        if point.gamma is not None and self.source != "hybrid":
+            raise RecipeError(f"gamma with {self.source} Grams", "grams: hybrid has one")
+        weights = tuple(point.weights.get(t, w) for t, w in zip(self.tasks, self.mix.weights, strict=True))
+        mix = Mix(weights, self.mix.gamma if point.gamma is None else point.gamma)
+        if mix.same(self.mix):
+            return None
+        if any(slot.evidence is None for slot in self.slots):
+            raise RecipeError("the model is not prepared for other task weights or gamma", "search: [weights, gamma]")
+        return mix
+
+    def _rest(self, scale: float) -> StateDict:
+        """The tensors no regression solves: the anchor's, its task vector times ``scale``."""
+        out = dict(self.rest)
+        if scale != 1:
+            assert self.rest_base is not None
+            out |= {n: w0 + scale * (self.rest[n] - w0) for n, w0 in self.rest_base.items()}
         return out
 
     def _unpack(self, slot: Slot, merged: Tensor) -> StateDict:
         out = {}
         if slot.bias:
-            merged, out[slot.bias] = split_bias(merged)
+            merged, bias = split_bias(merged)
+            out[slot.bias] = bias.reshape(self.shapes[slot.bias])
         if slot.layout == "conv1d":
             merged = merged.mT
         out[slot.weight] = merged.reshape(self.shapes[slot.weight])
@@ -82,7 +140,9 @@ class PreparedModel:
 
 
 def matrix(tensor: Tensor, layout: str) -> Tensor:
-    """A stored weight as (o, i): transformers' Conv1D is transposed, convolutions are flattened."""
+    """A stored weight as (o, i): transformers' Conv1D is transposed, convolutions are flattened, norms one column."""
+    if layout == "norm":
+        return tensor.reshape(-1, 1)
     return tensor.mT if layout == "conv1d" else tensor.flatten(1)
 
 
@@ -116,9 +176,11 @@ def prepare_model(
     gamma: float = 0.5,
     weights: Sequence[float] | None = None,
     normalise: str = "trace",
+    bias: str = "joined",
     scheme: str = "depth",
     bands: int = 4,
     overrides: Mapping[str, str] | None = None,
+    search: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedModel:
@@ -127,10 +189,14 @@ def prepare_model(
     Args:
         pool: base and experts.
         anchor: the anchor model's tensors by name.
-        task_grams: one `TaskGrams` an expert, in the pool's order; needed for ``source`` "data" and "hybrid".
+        task_grams: one `TaskGrams` an expert, in the pool's order; needed for ``source`` "data" and "hybrid". Norms
+            they hold Grams of are solved, others keep the anchor.
         source: "data", "datafree" (task vectors stand in for activations) or "hybrid" (mixed by ``gamma``).
         weights: task weights a_t >= 0.
+        bias: "joined" solves a bias with its weight where the Grams allow it, "anchor" leaves it to the anchor.
         scheme, bands, overrides: how modules are grouped, see `bmm.groups.search_groups`.
+        search: what trials may change besides lam and rho, of "weights", "gamma" and "anchor_scale"; the first two
+            keep T float64 matrices of a module's size in memory.
         progress: called with (modules done, modules).
 
     Raises:
@@ -141,35 +207,75 @@ def prepare_model(
         raise RecipeError(f"no Gram source {source!r}", f"one of {', '.join(SOURCES)}")
     if source != "datafree" and not task_grams:
         raise GramError(f"Gram source {source!r} needs activation Grams", "collect them, or use grams: datafree")
+    if source == "hybrid" and not 0 <= gamma <= 1:
+        raise GramError(f"gamma is {gamma}", "gamma, the data-free share, lies in [0, 1]")
     data = task_grams if source != "datafree" else None
     layouts = matrix_layouts(pool, data)
-    groups = search_groups(layouts, scheme, bands, overrides)
-    spectra: dict[tuple[str, ...], Spectrum] = {}
+    norms = sorted({n for g in data or () for n in g.norms if n in pool.float_names} - layouts.keys())
+    groups = search_groups([*layouts, *norms], scheme, bands, overrides)
+    mix = Mix(tuple(1.0 for _ in pool.experts) if weights is None else tuple(weights), gamma)
+    remixed = not {"weights", "gamma"}.isdisjoint(search)
+    spectra: dict[tuple[str, ...], tuple[Spectrum, InputGrams | None]] = {}
     slots = []
     for done, (name, layout) in enumerate(sorted(layouts.items())):
-        bias = _bias_of(name, data) if data else ""
-
-        def stored(tensors: Tensors, name: str = name, layout: str = layout, bias: str = bias) -> Tensor:
-            weight = matrix(tensors[name].double(), layout)
-            return join_bias(weight, tensors[bias].double()) if bias else weight
-
-        w0, wa = stored(pool.base), stored(anchor)
-        experts = torch.stack([stored(expert) for expert in pool.experts])  # (T, o, i)
+        joined = _bias_of(name, data) if data and bias == "joined" else ""
+        w0, experts, wa = _stored(pool, anchor, name, joined, layout)
         # One decomposition for the modules that read the same input, unless their Grams depend on the weight.
         key = tuple(g.key_of.get(name, "") for g in data) if data and source == "data" else (name,)
         if key not in spectra:
-            spectra[key] = decompose(
-                _grams(name, experts - w0, data, source, gamma, bool(bias)),
-                weights, normalise, device, name,
-            )  # fmt: skip
-        prepared = prepare(w0.float(), experts, spectra[key].grams, wa, weights, normalise, device, name, spectra[key])
-        slots.append(Slot(name, bias, layout, groups[name], prepared))
+            parts = _parts(name, experts - w0, data, source, bool(joined), bias == "anchor")
+            grams = (
+                parts[0]
+                if len(parts) == 1
+                else [(1 - gamma) * seen + gamma * free for seen, free in zip(*parts, strict=True)]
+            )
+            kept = InputGrams(tuple(map(tuple, parts)), normalise, name) if remixed else None
+            spectra[key] = decompose(grams, weights, normalise, device, name), kept
+        spectrum, kept = spectra[key]
+        prepared = prepare(w0.float(), experts, spectrum.grams, wa, weights, normalise, device, name, spectrum)
+        evidence = ModuleEvidence.of(prepared, kept, experts - w0) if kept else None
+        slots.append(Slot(name, joined, layout, groups[name], prepared, evidence))
         if progress:
             progress(done + 1, len(layouts))
-    solved = {s.weight for s in slots} | {s.bias for s in slots}
-    rest = {n: anchor[n].to(device) for n in pool.names if n not in solved}
-    shapes = {n: tuple(pool.base[n].shape) for n in layouts}
-    return PreparedModel(tuple(slots), rest, shapes)
+    assert data is not None or not norms
+    slots += [_norm_slot(pool, anchor, n, data or (), weights, normalise, groups[n], remixed, device) for n in norms]
+    solved = [n for s in slots for n in (s.weight, s.bias) if n]
+    rest = {n: anchor[n].to(device) for n in pool.names if n not in set(solved)}
+    floating = set(pool.float_names)
+    rest_base = {n: pool.base[n].to(rest[n]) for n in rest if n in floating} if "anchor_scale" in search else None
+    shapes = {n: tuple(pool.base[n].shape) for n in solved}
+    return PreparedModel(tuple(slots), rest, shapes, pool.tasks, mix, source, rest_base)
+
+
+def _stored(pool: ModelPool, anchor: Tensors, name: str, bias: str, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Base (o, i), experts (T, o, i) and anchor (o, i) of a module in float64, the bias joined where there is one."""
+
+    def matrix_of(tensors: Tensors) -> Tensor:
+        weight = matrix(tensors[name].double(), layout)
+        return join_bias(weight, tensors[bias].double().flatten()) if bias else weight
+
+    return matrix_of(pool.base), torch.stack([matrix_of(e) for e in pool.experts]), matrix_of(anchor)
+
+
+def _norm_slot(
+    pool: ModelPool,
+    anchor: Tensors,
+    name: str,
+    data: Sequence[TaskGrams],
+    weights: Sequence[float] | None,
+    normalise: str,
+    group: str,
+    remixed: bool,
+    device: torch.device | str,
+) -> Slot:
+    """A norm prepared; a task whose run never reached it contributes zero."""
+    bias = next((g.norm_bias[name] for g in data if name in g.norm_bias), "")
+    w0, experts, wa = _stored(pool, anchor, name, bias, "norm")
+    zero = torch.zeros(*w0.shape, w0.shape[1], dtype=torch.float64)
+    grams = [g.norms.get(name, zero) for g in data]
+    prepared = prepare_norm(w0.float(), experts, grams, wa, weights, normalise, device, name)
+    evidence = NormEvidence(prepared, experts, grams, normalise) if remixed else None
+    return Slot(name, bias, "norm", group, prepared, evidence)
 
 
 def _bias_of(name: str, data: Sequence[TaskGrams]) -> str:
@@ -177,22 +283,31 @@ def _bias_of(name: str, data: Sequence[TaskGrams]) -> str:
     return biases.pop() if len(biases) == 1 else ""
 
 
-def _grams(
-    name: str, taus: Tensor, data: Sequence[TaskGrams] | None, source: str, gamma: float, bias: bool
-) -> list[Tensor]:
-    """The T Grams of one module; a task whose run never reached it contributes zero."""
+def _parts(
+    name: str, taus: Tensor, data: Sequence[TaskGrams] | None, source: str, joined: bool, cut: bool
+) -> list[list[Tensor]]:
+    """The T Grams of one module, or of hybrid ones the data and the data-free part; zero for a task that never ran it.
+
+    ``cut`` leaves out the bias coordinate of the data Grams.
+    """
     if source == "datafree":
-        return [datafree(tau) for tau in taus]
+        return [[datafree(tau) for tau in taus]]
     assert data is not None
     width = taus.shape[-1]
     zero = torch.zeros(width, width, dtype=torch.float64)
-    seen = [g.for_weight(name) if name in g.key_of else zero for g in data]
-    for gram in seen:
+    seen = []
+    for grams in data:
+        gram = grams.for_weight(name) if name in grams.key_of else zero
+        if cut and name in grams.key_of and grams.has_bias[grams.key_of[name]]:
+            gram = gram[:-1, :-1]
         if gram.shape != zero.shape:
             raise GramError(
-                f"{name}: Gram of shape {tuple(gram.shape)} for {width} inputs{' with bias' if bias else ''}",
+                f"{name}: Gram of shape {tuple(gram.shape)} for {width} inputs{' with bias' if joined else ''}",
                 "these Grams belong to another model: collect them again",
             )
+        seen.append(gram)
     if source == "data":
-        return seen
-    return [hybrid(g, datafree(tau[:, :-1] if bias else tau), gamma) for g, tau in zip(seen, taus, strict=True)]
+        return [seen]
+    free = [datafree(tau[:, :-1] if joined else tau) for tau in taus]
+    pairs = [hybrid_parts(*pair) for pair in zip(seen, free, strict=True)]
+    return [[data_part for data_part, _ in pairs], [free_part for _, free_part in pairs]]

@@ -22,6 +22,10 @@ FISHERS = ("auto", "sampled", "true")
 AUTOCASTS = ("none", "bfloat16", "float16")
 DTYPES = ("same", "float32", "bfloat16", "float16")
 NORMALISE = ("trace", "none")
+INPUTS = ("experts", "merged")
+NORMS = ("anchor", "regression")
+BIAS = ("joined", "anchor")
+SEARCH = ("gamma", "weights", "anchor_scale")
 
 
 def _key(default: Any, help: str, **meta: Any) -> Any:
@@ -42,7 +46,9 @@ class Recipe:
     model: str = _key("transformers", "Builds the model: 'transformers' (from the base's config), or FILE.py:FUNCTION.")
     tasks: str = _key("", "FILE.py:FUNCTION (or MODULE:FUNCTION) that returns a list of bmm.Task.")
     skip: tuple[str, ...] = _key((), "Glob patterns of parameters to leave out of the merge (task heads).", many=True)
-    anchor: str = _key("tsv", "The prior: a method of `bmm anchors`, or path:FOLDER for a merge made elsewhere.")
+    anchor: str = _key(
+        "tsv", "The prior: METHOD or METHOD+lines of `bmm anchors`, or path:FOLDER for a merge made elsewhere."
+    )
     knobs: dict[str, Any] = _key(dict, "The anchor's knobs: NAME=VALUE (see `bmm anchors NAME`).", mapping="number")
     grams: str = _key("data", "Gram matrices: activations, task vectors, or a mix.", choices=GRAMS)
     gamma: float = _key(0.5, "Share of the data-free Gram when grams is hybrid.", low=0.0, high=1.0)
@@ -53,6 +59,13 @@ class Recipe:
         choices=FISHERS,
     )
     normalise: str = _key("trace", "Scale every Gram to mean eigenvalue 1, or leave it.", choices=NORMALISE)
+    inputs: str = _key(
+        "experts",
+        "Whose activations the Grams are of: each expert's, or the merged model's, block by block.",
+        choices=INPUTS,
+    )
+    norms: str = _key("anchor", "Norm layers: keep the anchor, or join the regression.", choices=NORMS)
+    bias: str = _key("joined", "Biases: solved with their weight (needs data), or keep the anchor.", choices=BIAS)
     weights: dict[str, float] = _key(
         dict, "Task weights in merge, regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
     )
@@ -61,6 +74,12 @@ class Recipe:
     group: dict[str, str] = _key(dict, "Override a module's group: PATTERN=GROUP.", mapping="str")
     log10_lam: tuple[float, float] = _key((-4.0, 3.0), "Range of log10(lam), the prior's precision.", pair=True)
     rho: tuple[float, float] = _key((0.0, 3.0), "Range of rho, the assembly scale: 0 is the base.", pair=True)
+    search: tuple[str, ...] = _key(
+        (),
+        "What is searched besides lam and rho: gamma (of hybrid Grams), weights (one a task), anchor_scale.",
+        many=True,
+        choices=SEARCH,
+    )
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key("ax", "What proposes the next trial: ax (Bayesian optimisation) or sobol.")
     seed: int = _key(0, "Seed of every random draw.", low=0)
@@ -139,6 +158,15 @@ class Recipe:
             anchors.resolve_knobs(anchors.get(self.anchor), self.knobs)
         elif self.knobs:
             raise RecipeError(f"{where}: an anchor read from a path takes no knobs", "drop knobs")
+        if self.grams == "datafree":
+            for key, value in (("inputs", "merged"), ("norms", "regression")):
+                if getattr(self, key) == value:
+                    raise RecipeError(
+                        f"{where}: {key}: {value} needs calibration inputs, and grams is datafree",
+                        f"use grams: data or hybrid, or drop {key}",
+                    )
+        if "gamma" in self.search and self.grams != "hybrid":
+            raise RecipeError(f"{where}: search has gamma, but grams is {self.grams}", "gamma mixes hybrid Grams")
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite numbers")
@@ -169,7 +197,11 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
         if meta.get("many"):
             if isinstance(value, str):
                 raise TypeError("a list")
-            return tuple(str(v) for v in value)
+            values = tuple(str(v) for v in value)
+            for name in values:
+                if name not in meta.get("choices", values):
+                    raise RecipeError(f"{where}: no {key} {name!r}", did_you_mean(name, meta["choices"]))
+            return tuple(dict.fromkeys(values))
         if kind == "int":
             if isinstance(value, bool) or int(value) != value:
                 raise TypeError("a whole number")

@@ -31,21 +31,40 @@ class Hyperparameters:
     """One point of the search: ``lam`` and ``rho`` for every module group.
 
     ``lam`` may be ``inf``, which means the anchor itself. JSON has no infinity: it is written as the string "inf".
+    ``gamma`` (data-free share of hybrid Grams), ``weights`` (a_t by task name) and ``anchor_scale`` (factor on the
+    anchor's task vector) are there where they were searched; None and missing ones stand for the recipe's.
     """
 
     lam: dict[str, float]
     rho: dict[str, float]
+    gamma: float | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    anchor_scale: float | None = None
 
     @classmethod
     def uniform(cls, groups: list[str], lam: float, rho: float = 1.0) -> Hyperparameters:
         return cls(dict.fromkeys(groups, lam), dict.fromkeys(groups, rho))
 
     def to_json(self) -> dict[str, Any]:
-        return {"lam": {g: _number_out(v) for g, v in self.lam.items()}, "rho": dict(self.rho)}
+        return {"lam": {g: _number_out(v) for g, v in self.lam.items()}, "rho": dict(self.rho)} | self.extras()
+
+    def extras(self) -> dict[str, Any]:
+        """What was searched besides lam and rho, by name; empty where nothing was."""
+        found = {"gamma": self.gamma, "weights": dict(self.weights) or None, "anchor_scale": self.anchor_scale}
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Hyperparameters:
-        return cls({g: float(v) for g, v in raw["lam"].items()}, {g: float(v) for g, v in raw["rho"].items()})
+        def number(name: str) -> float | None:
+            return None if raw.get(name) is None else float(raw[name])
+
+        return cls(
+            {g: float(v) for g, v in raw["lam"].items()},
+            {g: float(v) for g, v in raw["rho"].items()},
+            number("gamma"),
+            {t: float(v) for t, v in raw.get("weights", {}).items()},
+            number("anchor_scale"),
+        )
 
 
 def _number_out(value: float) -> float | str:

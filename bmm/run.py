@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +19,21 @@ from . import anchors, zoo
 from .checkpoint import ModelPool, open_checkpoint
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
-from .evaluation.skeleton import from_transformers
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
+from .grams.store import flat, source_of
+from .loading import ModelBuilder, build_model, find_device
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
+from .progress import Progress, silent
 from .recipe import Recipe, load_function
 from .records import Score
-from .statistics import Fishers, fingerprint_of, flat, source_of
+from .search.study import objective as mean_score
+from .search.study import shares_of
+from .sequential import MergedInputs
+from .statistics import Fishers, fingerprint_of
 
-ModelBuilder = Callable[[], nn.Module]
 T = TypeVar("T")
-
-
-class Progress(Protocol):
-    """Called as work goes on: a stage's name, how much of it is done, and a short detail.
-
-    Stage "notice" carries, in ``detail``, something the user should know that stopped nothing.
-    """
-
-    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
-
-
-def silent(stage: str, done: int, total: int, detail: str = "") -> None:
-    """Progress nobody looks at."""
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -79,7 +70,7 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.progress = progress
-        self.device = _device(recipe.device)
+        self.device = find_device(recipe.device)
         base, experts = recipe.base, dict(recipe.experts)
         if not base and not experts:
             opened = zoo.find(recipe.zoo or "vit8")
@@ -103,6 +94,7 @@ class Run:
         if tasks is not None:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts)}
             self.tasks = [by_name[name] for name in self.experts]
+        self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
@@ -113,15 +105,7 @@ class Run:
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
-            names: dict[str, str] = {}
-            if self._builder is not None:
-                model = self._builder()
-            elif self.recipe.model == "transformers":
-                model, names = from_transformers(self.recipe.base)
-            else:
-                model = load_function(self.recipe.model, "model")()
-            if not isinstance(model, nn.Module):
-                raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
+            model, names = build_model(self._builder, self.recipe.model, self.recipe.base)
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
@@ -138,19 +122,23 @@ class Run:
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
         store = GramStore(cache_folder(self.recipe) / "grams")
+        norms = self.recipe.norms == "regression"
         skeleton = self.skeleton
         names = {self._in_model.get(n, n) for n in self.pool.float_names}
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
             batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
-            settings = {"code": source_of(task.forward), "model": source_of(skeleton)}
+            settings: dict[str, Any] = {"code": source_of(task.forward), "model": source_of(skeleton)}
+            if norms:
+                settings["norms"] = True
             key = fingerprint(fingerprint_of(expert), flat(batches), settings)
             grams = store.load(key)
             if grams is None:
                 with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
                     inputs = (to_device(b, self.device) for b in batches)
-                    grams = collect(skeleton, task.forward, inputs, names=names).renamed(self._stored)
+                    found_in_model = collect(skeleton, task.forward, inputs, names=names, norms=norms)
+                    grams = found_in_model.renamed(self._stored)
                 with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
                     store.save(key, grams)
             found.append(grams)
@@ -158,6 +146,20 @@ class Run:
         for notice in store.notices:  # a stale or damaged cache was rebuilt
             self.progress("notice", 1, 1, notice)
         return found
+
+    def _merged_inputs(self) -> MergedInputs:
+        """What Grams of the merged model's own inputs are collected with."""
+        recipe = self.recipe
+        return MergedInputs(
+            self.skeleton,
+            self.pool,
+            self.tasks,
+            [list(task.calibration_batches(recipe.calibration, recipe.batch_size)) for task in self.tasks],
+            GramStore(cache_folder(recipe) / "grams"),
+            self._in_model,
+            self.device,
+            self.progress,
+        )
 
     # -- Fishers -------------------------------------------------------------------------------------------------
 
@@ -225,14 +227,16 @@ class Run:
             self.pool.base,
             self.pool.experts,
             weights=self.weights if weighted else None,
-            **self.statistics(name, grams),
+            **self.statistics(name, grams, knobs),
             transposed=self._transposed(),
             device=self.device,
             dtype=dtype,
             **knobs,
         )
 
-    def statistics(self, name: str, grams: Sequence[TaskGrams] | None = None) -> dict[str, Any]:
+    def statistics(
+        self, name: str, grams: Sequence[TaskGrams] | None = None, knobs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What the method needs besides the weights, as keyword arguments of `bmm.anchors.merge_stream`."""
         anchor, found = anchors.get(name), dict[str, Any]()
         if "grams" in anchor.needs:
@@ -241,7 +245,27 @@ class Run:
             found["fisher"] = self.collect_fishers()
         if "base_fisher" in anchor.needs:
             found["base_fisher"] = self.collect_base_fisher()
+        if "score" in anchor.needs:
+            found["score"] = self.objective()
+        if "sequential_grams" in anchor.needs:
+            values = anchors.resolve_knobs(anchor, knobs or {})
+            behind = self._merged_inputs().behind_regmean(values, self.weights, self._transposed())
+            found["grams"] = anchor_grams(behind)
         return found
+
+    def objective(self) -> Callable[[Tensors], float]:
+        """What the search maximises, as a function of a model's tensors: the mean over tasks of validation score /
+        the expert's own, by task weight. Experts are scored at once; each call reports progress as "candidates"."""
+        reference = {s.task: s.value for s in self.score_experts("validation")}
+        shares = shares_of(reference, dict(zip(self.experts, self.weights, strict=True)))
+        calls = itertools.count(1)
+
+        def objective(tensors: Tensors) -> float:
+            scores = {s.task: s.value for s in self.score(tensors, "validation")}
+            self.progress("candidates", done := next(calls), max(done, 2 * len(self.experts) - 1))
+            return mean_score(scores, reference, shares)
+
+        return objective
 
     def _transposed(self) -> list[str]:
         """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
@@ -255,23 +279,41 @@ class Run:
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
         recipe = self.recipe
-        recipe.require_evidence()
-        needs = recipe.grams != "datafree" or "grams" in anchor_needs(recipe.anchor)
-        grams = self.collect_grams() if needs else None
+        anchor, grams = self.evidence()
         return prepare_model(
             self.pool,
-            self.anchor(grams=grams),
-            grams if recipe.grams != "datafree" else None,
-            source=recipe.grams,
-            gamma=recipe.gamma,
-            weights=self.weights,
-            normalise=recipe.normalise,
+            anchor,
+            grams,
+            **self._regression(),
+            search=recipe.search,
             scheme=recipe.groups,
             bands=recipe.bands,
             overrides=recipe.group,
             device=self.device,
             progress=lambda done, total: self.progress("prepare", done, total),
         )
+
+    def evidence(self) -> tuple[StateDict, list[TaskGrams] | None]:
+        """The anchor, and the Grams of the recipe's ``inputs`` (none with data-free ones)."""
+        recipe = self.recipe
+        recipe.require_evidence()
+        own = recipe.grams != "datafree" and recipe.inputs == "experts"
+        grams = self.collect_grams() if own or "grams" in anchor_needs(recipe.anchor) else None
+        anchor = self.anchor(grams=grams)
+        if own or recipe.grams == "datafree":
+            return anchor, grams if own else None
+        return anchor, self._merged_inputs().behind_bmm(anchor, self._regression(), recipe.norms == "regression")
+
+    def _regression(self) -> dict[str, Any]:
+        """The recipe's part in what one module's regression is, as `prepare_model` takes it."""
+        recipe = self.recipe
+        return {
+            "source": recipe.grams,
+            "gamma": recipe.gamma,
+            "weights": self.weights,
+            "normalise": recipe.normalise,
+            "bias": recipe.bias,
+        }
 
     # -- scores --------------------------------------------------------------------------------------------------
 
@@ -287,11 +329,14 @@ class Run:
         )
 
     def score_experts(self, split: Any = "validation") -> list[Score]:
-        """Each task's score by its own expert."""
-        scores = []
+        """Each task's score by its own expert, measured once a split."""
+        if split in self._own_scores:
+            return self._own_scores[split]
+        scores: list[Score] = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             scores += self.score(expert, split, [task])
             self.progress("experts", done + 1, len(self.tasks), split)
+        self._own_scores[split] = scores
         return scores
 
     @property
@@ -299,28 +344,5 @@ class Run:
         return all(task.test is not None for task in self.tasks)
 
 
-@contextlib.contextmanager
-def stopwatch(into: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds spent inside to ``into[name]``."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        into[name] = into.get(name, 0.0) + time.perf_counter() - start
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"no device {name!r}", "cpu, cuda, cuda:1, mps ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {name}: this torch sees no CUDA device", "use device: cpu, or a CUDA build of torch")
-    return device
-
-
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-__all__ = ["ModelBuilder", "Progress", "Run", "anchor_needs", "cache_folder", "silent", "stopwatch"]

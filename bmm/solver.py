@@ -75,7 +75,7 @@ class PreparedModule:
         tensors, and the result is differentiable in them.
         Raises `MergeError` for a negative or NaN ``lam`` and for a non-finite ``rho`` or ``anchor_scale``.
         """
-        self._check(lam, rho, anchor_scale)
+        check_scalars(self.name, lam, rho, anchor_scale)
         if isinstance(lam, (int, float)) and (math.isinf(lam) or self.rank == 0):
             return self._restore(self._anchor_only(rho, anchor_scale))
         regression_share = self._regression_share(lam)  # (r,)
@@ -86,7 +86,13 @@ class PreparedModule:
             update = update + self._compute(anchor_scale) * self.remainder  # (o, i)
         return self._restore(self.w0 + self._compute(rho) * update)
 
-    def sample(self, lam: Scalar, rho: Scalar, sigma: float, generator: torch.Generator) -> Tensor:
+    def assemble(self, update: Tensor, rho: Scalar) -> Tensor:
+        """``w0 + rho * update`` in the shape and dtype of ``w0``, for a posterior mean solved elsewhere."""
+        return self._restore(self.w0 + self._compute(rho) * update.to(self.w0))
+
+    def sample(
+        self, lam: Scalar, rho: Scalar, sigma: float, generator: torch.Generator, anchor_scale: Scalar = 1.0
+    ) -> Tensor:
         """A posterior draw ``w0 + rho * (m(lam) + sigma * E (G + lam I)^-1/2 - w0)``, E (o, i) standard normal.
 
         Input directions without evidence have the prior's variance ``sigma^2 / lam``. Noise is drawn on the
@@ -95,7 +101,7 @@ class PreparedModule:
         """
         if not (math.isfinite(sigma) and sigma >= 0):
             raise MergeError(f"{self.name}: sigma is {sigma}", "the noise scale is a finite number >= 0")
-        mean = self.merge(lam, rho)
+        mean = self.merge(lam, rho, anchor_scale)
         lam64 = self._wide(lam)
         if bool(torch.isinf(lam64)):
             return mean
@@ -126,16 +132,6 @@ class PreparedModule:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-    def _check(self, lam: Scalar, rho: Scalar, anchor_scale: Scalar) -> None:
-        for label, value in (("lam", lam), ("rho", rho), ("anchor_scale", anchor_scale)):
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise MergeError(f"{self.name}: {label} has {value.numel()} elements", "pass one number per module")
-            number = float(value.detach() if isinstance(value, Tensor) else value)
-            if math.isnan(number) or (label == "lam" and number < 0):
-                raise MergeError(f"{self.name}: {label} is {number}", "lam lies in [0, inf], rho is a finite number")
-            if label != "lam" and math.isinf(number):
-                raise MergeError(f"{self.name}: {label} is {number}", f"{label} is a finite number")
-
     def _anchor_only(self, rho: Scalar, anchor_scale: Scalar) -> Tensor:
         factor = rho * anchor_scale
         if isinstance(factor, (int, float)) and factor == 1:
@@ -156,6 +152,18 @@ class PreparedModule:
 
     def _restore(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.shape).to(self.dtype)
+
+
+def check_scalars(name: str, lam: Scalar, rho: Scalar, anchor_scale: Scalar) -> None:
+    """Raise `MergeError` for a negative or NaN ``lam``, a non-finite ``rho`` or ``anchor_scale``, and for vectors."""
+    for label, value in (("lam", lam), ("rho", rho), ("anchor_scale", anchor_scale)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise MergeError(f"{name}: {label} has {value.numel()} elements", "pass one number per module")
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+        if math.isnan(number) or (label == "lam" and number < 0):
+            raise MergeError(f"{name}: {label} is {number}", "lam lies in [0, inf], rho is a finite number")
+        if label != "lam" and math.isinf(number):
+            raise MergeError(f"{name}: {label} is {number}", f"{label} is a finite number")
 
 
 def prepare(
@@ -189,7 +197,7 @@ def prepare(
         if tensor.shape != w0.shape:
             raise MergeError(f"{name}: {label} is {tuple(tensor.shape)}, the base {tuple(w0.shape)}", "compare shapes")
     base = _matrix(w0, f"{name}: base", device)  # (o, i)
-    d = _matrix(anchor, f"{name}: anchor", device) - base  # (o, i)
+    require_finite(f"{name}: anchor", anchor)
     if tuple(grams[0].shape) != (base.shape[1], base.shape[1]):
         raise MergeError(
             f"{name}: Gram is {tuple(grams[0].shape)}, the weight has {base.shape[1]} inputs",
@@ -204,6 +212,13 @@ def prepare(
         tau = _matrix(experts[t], f"{name}: expert {t}", device) - base  # (o, i)
         if spectrum.scales[t] > 0:
             target.addmm_(tau, grams[t].detach().to(tau), alpha=spectrum.scales[t])
+    return from_target(w0, anchor, target, spectrum, name)
+
+
+def from_target(w0: Tensor, anchor: Tensor, target: Tensor, spectrum: Spectrum, name: str = "module") -> PreparedModule:
+    """The module whose evidence is ``target``, ``sum_t a_t tau_t Gt`` (o, i) in float64, and the Grams' spectrum."""
+    base = w0.detach().to(target).flatten(1)  # (o, i)
+    d = anchor.detach().to(target).flatten(1) - base  # (o, i)
     basis = spectrum.basis.to(base)  # (i, r)
     eigenvalues = spectrum.eigenvalues.to(base)  # (r,)
     regression = (target @ basis) / eigenvalues  # (o, r)

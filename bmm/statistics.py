@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
 from .fisher.collect import length, take
 from .grams import fingerprint
+from .grams.store import flat, source_of
 from .notation import Tensors
 from .recipe import Recipe
 
@@ -113,28 +113,6 @@ class Fishers:
 def fingerprint_of(model: Tensors) -> str:
     """SHA-256 over the content of a model's tensors, remembered by checkpoints."""
     return model.fingerprint() if isinstance(model, Checkpoint) else fingerprint_tensors(model)
-
-
-def flat(batches: Any) -> Iterator[Tensor]:
-    """Every tensor of a batch, or of several, in order."""
-    if isinstance(batches, Tensor):
-        yield batches
-    elif isinstance(batches, Mapping):
-        for key in sorted(batches):
-            yield from flat(batches[key])
-    elif isinstance(batches, list | tuple | Iterator):
-        for item in batches:
-            yield from flat(item)
-
-
-def source_of(thing: Any) -> str:
-    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
-    kind = inspect.unwrap(getattr(thing, "func", thing))
-    if not inspect.isroutine(kind) and not inspect.isclass(kind):
-        kind = type(kind)
-    with contextlib.suppress(OSError, TypeError):
-        return inspect.getsource(kind)
-    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
 def _bound(thing: Any, seen: set[int]) -> Iterator[Tensor | str]:

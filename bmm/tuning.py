@@ -14,12 +14,14 @@ import torch
 from .checkpoint import Checkpoint, write_checkpoint
 from .errors import StudyError, WriteError
 from .evaluation import Task
+from .loading import ModelBuilder
 from .merging import PreparedModel
 from .notation import StateDict
+from .progress import Progress, silent, stopwatch
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult, Trial
 from .report import study_card, text_report, versions
-from .run import ModelBuilder, Progress, Run, silent, stopwatch
+from .run import Run
 from .search.database import StudyDatabase
 from .search.space import Space
 from .search.study import best, run_study
@@ -77,7 +79,7 @@ def tune_recipe(
     with stopwatch(seconds, "prepare"):
         prepared = run.prepare()
     inputs = run.pool.fingerprint()
-    space = Space.for_groups(prepared.groups, recipe.log10_lam, recipe.rho)
+    space = search_space(run, prepared.groups)
 
     def evaluate(point: Hyperparameters) -> dict[str, float]:
         return {s.task: s.value for s in run.score(prepared.merge(point), "validation")}
@@ -112,6 +114,16 @@ def tune_recipe(
                 should_stop=should_stop,
             )
         return finish(run, prepared, trials, experts, seconds)
+
+
+def search_space(run: Run, groups: list[str]) -> Space:
+    """lam and rho of every group, and what the recipe's ``search`` adds, at the recipe's values."""
+    recipe = run.recipe
+    return Space.for_groups(groups, recipe.log10_lam, recipe.rho).extended(
+        gamma=recipe.gamma if "gamma" in recipe.search else None,
+        weights=dict(zip(run.experts, run.weights, strict=True)) if "weights" in recipe.search else None,
+        anchor_scale=1.0 if "anchor_scale" in recipe.search else None,
+    )
 
 
 def finish(

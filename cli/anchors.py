@@ -9,6 +9,11 @@ import click
 
 from .output import emit
 
+FOOTER = """
+
+METHOD+lines is METHOD with a factor that rises with depth (LiNeS): tsv+lines, ties+lines, ...
+path:FOLDER takes any checkpoint merged elsewhere. Details: bmm anchors NAME"""
+
 
 @click.command("anchors")
 @click.argument("name", required=False)
@@ -21,6 +26,7 @@ def command(name: str | None, folder: str | None, as_json: bool, debug: bool) ->
     \b
     bmm anchors
     bmm anchors ties
+    bmm anchors tsv+lines
     """
     from bmm import anchors
     from bmm.report import markdown, method_page, write_pages
@@ -30,14 +36,14 @@ def command(name: str | None, folder: str | None, as_json: bool, debug: bool) ->
     rows = [anchors.get(name)] if name else list(anchors.ANCHORS.values())
     data = [_row(a) for a in rows]
     if folder:
-        paths = write_pages(Path(folder), rows)
+        paths = write_pages(Path(folder))
         emit(f"{len(paths)} pages in {folder}", [str(p) for p in paths], as_json)
     elif name:
         emit(method_page(rows[0]).rstrip(), data[0], as_json)
     else:
         cells = [[a.name, a.title, ", ".join(sorted(a.needs)) or "-", _knobs(a), a.paper.split(",")[0]] for a in rows]
         text = markdown(["anchor", "method", "needs", "knobs", "arXiv"], cells)
-        emit(text + "\n\npath:FOLDER takes any checkpoint merged elsewhere. Details: bmm anchors NAME", data, as_json)
+        emit(text + FOOTER, data, as_json)
 
 
 def _knobs(anchor: Any) -> str:

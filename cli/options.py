@@ -14,11 +14,11 @@ from bmm.recipe import Recipe
 
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
 RUNTIME = ("device", "autocast", "cache")
-GRAMS = ("calibration", "batch_size")
+GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
-BMM = ("grams", "gamma", "normalise", "weights", "groups", "bands", "group")
+BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
-SEARCH = ("log10_lam", "rho", "budget", "engine", "seed", "out")
+SEARCH = ("log10_lam", "rho", "search", "budget", "engine", "seed", "out")
 
 
 def _default(key: Field[Any]) -> Any:
@@ -39,6 +39,8 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
     if default not in ("", (), {}):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text += f"  [default: {shown}]"
+    if meta.get("many") and "choices" in meta:
+        return click.option(*names, multiple=True, type=click.Choice(meta["choices"]), help=text + " Repeatable.")
     if meta.get("mapping") or meta.get("many"):
         metavar = "NAME=VALUE" if meta.get("mapping") else "PATTERN"
         return click.option(*names, multiple=True, metavar=metavar, help=text + " Repeatable.")

@@ -18,6 +18,9 @@ STAGES = {
     "merge": "merging",
     "prepare": "preparing modules",
     "score": "scoring",
+    "candidates": "scoring candidates",
+    "average": "averaging",
+    "batchnorm": "BatchNorm statistics",
 }
 
 

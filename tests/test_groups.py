@@ -1,7 +1,7 @@
 import pytest
 
 from bmm.errors import RecipeError
-from bmm.groups import depth_of, module_of, role_of, search_groups
+from bmm.groups import depth_of, module_of, relative_depths, role_of, search_groups
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,8 @@ def test_roles_of_common_libraries(name, role):
 def test_depth_and_module():
     assert depth_of("blocks.3.mlp.fc1.weight") == 3
     assert depth_of("patch.weight") is None
+    assert depth_of("classifier.6.weight") is None
+    assert depth_of("vit.encoder.layer.11.output.dense.bias") == 11
     assert module_of("a.b.bias") == "a.b"
 
 
@@ -69,3 +71,88 @@ def test_unknown_scheme_suggests():
     with pytest.raises(RecipeError) as caught:
         search_groups(NAMES, "roles")
     assert "role" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "depths",
+    [
+        {  # transformers ViT
+            "vit.embeddings.cls_token": 0, "vit.embeddings.patch_embeddings.projection.weight": 0,
+            "vit.encoder.layer.0.output.dense.weight": 0, "vit.encoder.layer.1.output.dense.weight": 0.5,
+            "vit.encoder.layer.2.output.dense.weight": 1, "vit.layernorm.weight": 1, "classifier.weight": 1,
+        },
+        {  # torchvision ViT
+            "class_token": 0, "conv_proj.weight": 0, "encoder.pos_embedding": 0,
+            "encoder.layers.encoder_layer_0.mlp.3.weight": 0, "encoder.layers.encoder_layer_1.mlp.0.weight": 1,
+            "encoder.ln.weight": 1, "heads.head.weight": 1,
+        },
+        {  # BERT
+            "bert.embeddings.word_embeddings.weight": 0, "bert.encoder.layer.0.attention.self.query.weight": 0,
+            "bert.encoder.layer.1.attention.self.query.weight": 1, "bert.pooler.dense.weight": 1,
+            "cls.predictions.decoder.weight": 1, "cls.predictions.transform.dense.weight": 1,
+        },
+        {  # GPT-2
+            "transformer.wte.weight": 0, "transformer.wpe.weight": 0, "transformer.h.0.attn.c_attn.weight": 0,
+            "transformer.h.1.attn.c_attn.weight": 1, "transformer.ln_f.weight": 1, "lm_head.weight": 1,
+        },
+        {  # Llama and a mixture of experts
+            "model.embed_tokens.weight": 0, "model.layers.0.self_attn.q_proj.weight": 0,
+            "model.layers.1.block_sparse_moe.experts.7.w1.weight": 1, "model.norm.weight": 1, "lm_head.weight": 1,
+        },
+        {  # T5: the decoder follows the encoder; the layers of a block are parts of it
+            "shared.weight": 0, "encoder.block.0.layer.0.SelfAttention.q.weight": 0,
+            "encoder.block.0.layer.1.DenseReluDense.wi.weight": 0,
+            "encoder.block.1.layer.0.SelfAttention.q.weight": 1 / 3,
+            "encoder.final_layer_norm.weight": 1 / 3, "decoder.embed_tokens.weight": 2 / 3,
+            "decoder.block.0.layer.1.EncDecAttention.q.weight": 2 / 3,
+            "decoder.block.1.layer.2.DenseReluDense.wo.weight": 1,
+            "decoder.final_layer_norm.weight": 1, "lm_head.weight": 1,
+        },
+        {  # a decoder alone (OPT)
+            "model.decoder.embed_positions.weight": 0, "model.decoder.layers.0.fc1.weight": 0,
+            "model.decoder.layers.1.fc1.weight": 1, "model.decoder.final_layer_norm.weight": 1,
+        },
+        {  # torchvision ResNet: stages of blocks
+            "conv1.weight": 0, "bn1.weight": 0, "layer1.0.conv1.weight": 0, "layer1.1.bn2.weight": 1 / 3,
+            "layer2.0.conv1.weight": 2 / 3, "layer2.0.downsample.0.weight": 2 / 3, "layer2.1.conv1.weight": 1,
+            "fc.weight": 1,
+        },
+        {  # transformers ResNet and Swin: the same, written out
+            "resnet.embedder.embedder.convolution.weight": 0,
+            "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight": 0,
+            "resnet.encoder.stages.0.layers.1.layer.0.convolution.weight": 0.5,
+            "resnet.encoder.stages.1.layers.0.layer.0.convolution.weight": 1, "classifier.1.weight": 1,
+        },
+        {
+            "swin.encoder.layers.0.blocks.0.attention.self.key.weight": 0,
+            "swin.encoder.layers.0.blocks.1.attention.self.key.weight": 0.5,
+            "swin.encoder.layers.1.blocks.0.attention.self.key.weight": 1,
+            "swin.encoder.layers.1.downsample.reduction.weight": 1, "swin.layernorm.weight": 1,
+        },
+        {  # CLIP: two towers, each from 0 to 1
+            "visual.conv1.weight": 0, "visual.ln_pre.weight": 0, "visual.transformer.resblocks.0.mlp.c_fc.weight": 0,
+            "visual.transformer.resblocks.1.mlp.c_fc.weight": 0.5, "visual.transformer.resblocks.2.mlp.c_fc.weight": 1,
+            "visual.proj": 1, "token_embedding.weight": 0, "transformer.resblocks.0.mlp.c_fc.weight": 0,
+            "transformer.resblocks.1.mlp.c_fc.weight": 1, "ln_final.weight": 1,
+        },
+        {"vision_model.pre_layrnorm.weight": 0, "vision_model.encoder.layers.0.mlp.fc1.weight": 0,
+         "vision_model.encoder.layers.1.mlp.fc1.weight": 1, "vision_model.post_layernorm.weight": 1},
+        {"features.0.weight": 0, "features.3.weight": 1, "classifier.0.weight": 1, "classifier.6.weight": 1},  # VGG
+        {"0.weight": 0, "2.weight": 0.5, "4.weight": 1},
+        {"conv.weight": 1, "embedding.weight": 1, "fc1.weight": 1},  # no blocks at all
+    ],
+    ids=lambda depths: next(iter(depths)),
+)  # fmt: skip
+def test_depths_of_common_libraries(depths):
+    assert relative_depths(depths) == pytest.approx(depths)
+
+
+def test_stages_and_decoders_have_bands_of_their_own():
+    names = [f"layer{s}.{b}.conv1.weight" for s in (1, 2, 3, 4) for b in range(2)]
+    groups = search_groups([*names, "fc.weight"], "depth", bands=4)
+    assert [groups[n] for n in names] == [f"depth.{b}" for b in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert groups["fc.weight"] == "outside"
+    halves = search_groups(
+        [f"{h}.block.{b}.layer.0.q.weight" for h in ("encoder", "decoder") for b in range(3)], bands=2
+    )
+    assert list(halves.values()) == ["depth.0"] * 3 + ["depth.1"] * 3

@@ -130,6 +130,8 @@ class Anchor:
     merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any" (negative
     ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
+    ``wrapped``: the method that this one scales by depth (LiNeS, see `lines`), None for a method of its own.
+
     ``formula``, ``cost`` and ``when`` are for the reader: the formula in words and symbols, what one (o, i) matrix
     costs for T experts, and when to choose the method.
     """
@@ -147,6 +149,7 @@ class Anchor:
     scan: Scan | None = None
     weights: Literal["", "positive", "any"] = ""
     experts: tuple[int, int | None] = (1, None)
+    wrapped: Anchor | None = None
     formula: str = ""
     cost: str = ""
     when: str = ""

@@ -56,12 +56,17 @@ class Inputs:
         return stored, w0, taus
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, _, taus in self.walk():
+            yield name, taus
+
+    def walk(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """One scan, as (name, w0, taus) of every floating tensor that is not empty."""
         self.scans += 1
         phase = f"scan {self.scans}"
         for done, name in enumerate(self.base, 1):
             tensors = self.read(name)
             if not isinstance(tensors, Tensor) and tensors[0].numel():
-                yield name, tensors[2]
+                yield name, tensors[1], tensors[2]
             if self.progress:
                 self.progress(phase, done, len(self.base))
 

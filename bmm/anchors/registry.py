@@ -7,16 +7,25 @@ from typing import Any
 
 from ..errors import MergeError, did_you_mean
 from .anchor import Anchor, KnobValue
+from .lines import SUFFIX, with_lines
 from .rows import ROWS
 
 ANCHORS: dict[str, Anchor] = {anchor.name: anchor for anchor in ROWS}
 
 
 def get(name: str) -> Anchor:
-    """The method called ``name``; raises `MergeError` with the closest names where there is none."""
+    """The method called ``name``, or METHOD+lines for any METHOD (see `lines`).
+
+    Raises `MergeError` with the closest names where there is none.
+    """
     if name in ANCHORS:
         return ANCHORS[name]
-    raise MergeError(f"no anchor is called {name!r}", did_you_mean(str(name), ANCHORS))
+    inner, plus, wrapper = str(name).partition("+")
+    if inner in ANCHORS and wrapper == SUFFIX:
+        return with_lines(ANCHORS[inner])
+    known = [f"{method}+{SUFFIX}" for method in ANCHORS] if plus else ANCHORS
+    hint = f"write METHOD+{SUFFIX}, such as tsv+{SUFFIX}" if name == SUFFIX else did_you_mean(str(name), known)
+    raise MergeError(f"no anchor is called {name!r}", hint)
 
 
 def resolve_knobs(anchor: Anchor, knobs: Mapping[str, Any]) -> dict[str, KnobValue]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
-from ..groups import relative_depths
+from ..groups import depth_of, relative_depths
 from ..linalg import require_finite
 from ..notation import StateDict, Tensors
 from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weighted_mean
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
+from .lines import profile
 from .registry import get, resolve_knobs
 
 
@@ -108,13 +109,18 @@ class _Job:
     transposed: frozenset[str]
     dtype: torch.dtype | None
 
+    @property
+    def scale(self) -> float:
+        """The value of the method's linear knob."""
+        return float(self.knobs[self.anchor.linear.name]) if self.anchor.linear else 1.0
+
     def merge(self, context: Context, taus: Tensor) -> Tensor:
-        """The merged task vector (*shape) of one tensor, linear knob included."""
-        anchor, knobs = self.anchor, self.knobs
-        inner = {knob.name: knobs[knob.name] for knob in anchor.knobs if not knob.linear}
-        factor = float(knobs[anchor.linear.name]) if anchor.linear else 1.0
+        """The merged task vector (*shape) of one tensor, without the factor of the linear knob."""
+        anchor = self.anchor
+        own = (anchor.wrapped or anchor).knobs
+        inner = {knob.name: self.knobs[knob.name] for knob in own if not knob.linear}
         if not anchor.matrices:
-            return factor * anchor.kernel(taus, context, **inner)
+            return anchor.kernel(taus, context, **inner)
 
         w0, name, transposed = context.w0, context.name, context.name in self.transposed
         if transposed and w0.dim() != 2:
@@ -129,8 +135,7 @@ class _Job:
             shape = w0.shape[0], w0[0].numel()  # a Gram says that this is a weight: a leading 1 is one output
             stack = _grams_of(name, shape, self.statistics.grams[name], self.kept, self.count, taus.device)
         if shape is None:
-            rest = anchor.others(taus, context) if anchor.others else weighted_mean(taus, context.weights)
-            return factor * rest
+            return anchor.others(taus, context) if anchor.others else weighted_mean(taus, context.weights)
         flat = taus.reshape(-1, *shape)  # (T, o, i)
 
         def as_matrix(fisher: Tensor | None) -> Tensor | None:
@@ -144,7 +149,7 @@ class _Job:
             fisher=as_matrix(context.fisher),
             base_fisher=as_matrix(context.base_fisher),
         )
-        d = factor * anchor.kernel(flat, inside, **inner).reshape(w0.shape)
+        d = anchor.kernel(flat, inside, **inner).reshape(w0.shape)
         return d.mT if transposed else d
 
     def context(self, name: str, w0: Tensor, depth: float, state: Any) -> Context:
@@ -253,9 +258,11 @@ _SOURCES = {
 
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
-    whole = Whole(job.weights, inputs.base, inputs.experts, job.statistics.score, job.statistics.fisher)
+    score = _with_ties(job.statistics.score, tied)
+    whole = Whole(job.weights, inputs.base, inputs.experts, score, job.statistics.fisher)
     state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
+    factor = _depth_factor(job, depths, state)
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
     for done, name in enumerate(base, 1):
@@ -268,7 +275,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
             else:
                 stored, w0, taus = tensors
                 if stored.numel():
-                    d = job.merge(job.context(name, w0, depths[name], state), taus)
+                    d = job.scale * factor(name) * job.merge(job.context(name, w0, depths[name], state), taus)
                     w0 = (w0 + d).contiguous()
                     require_finite(f"{name}, merged by {anchor.name},", w0)
                 merged = narrow(w0, job.dtype or stored.dtype).to(stored.device)
@@ -277,6 +284,25 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
         yield name, merged
         if inputs.progress:
             inputs.progress("merge", done, len(base))
+
+
+def _depth_factor(job: _Job, depths: Mapping[str, float], state: Any) -> Callable[[str], float]:
+    """What a method under LiNeS multiplies each tensor's task vector by; 1 for every other method."""
+    if job.anchor.wrapped is None:
+        return lambda name: 1.0
+
+    def merged(name: str, w0: Tensor, taus: Tensor) -> Tensor:
+        return job.merge(job.context(name, w0, depths[name], state), taus)
+
+    found = profile(job.knobs, job.inputs.walk(), merged, job.weights)
+    return lambda name: found.factor(depths[name], depth_of(name) is not None)
+
+
+def _with_ties(score: Callable[[Tensors], float] | None, tied: Mapping[str, str]) -> Callable[[Tensors], float] | None:
+    """The score of a model whose tied tensors are given once: they are put back under each of their names."""
+    if score is None or not tied:
+        return score
+    return lambda model: score({**model, **{name: model[first] for name, first in tied.items()}})
 
 
 def merge(name: str, base: Tensors, experts: Sequence[Tensors], **options: Any) -> StateDict:

@@ -1,9 +1,19 @@
 """Grams: what the inputs of every module look like, from data, from task vectors, or both; and their cache."""
 
 from .accumulate import GramAccumulator
-from .collect import collect
-from .datafree import datafree, hybrid
+from .collect import collect, reading_order
+from .datafree import datafree, hybrid, hybrid_parts
 from .store import GramStore, fingerprint
 from .task_grams import TaskGrams
 
-__all__ = ["GramAccumulator", "GramStore", "TaskGrams", "collect", "datafree", "fingerprint", "hybrid"]
+__all__ = [
+    "GramAccumulator",
+    "GramStore",
+    "TaskGrams",
+    "collect",
+    "datafree",
+    "fingerprint",
+    "hybrid",
+    "hybrid_parts",
+    "reading_order",
+]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import GramError
 from .accumulate import GramAccumulator
+from .norms import NormSite, find_norms
 from .sites import Patch, Site, Tap, find_sites
 from .task_grams import TaskGrams
 
@@ -28,6 +29,7 @@ def collect(
     *,
     names: Collection[str] | None = None,
     bias: bool = True,
+    norms: bool = False,
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TaskGrams:
@@ -36,7 +38,8 @@ def collect(
     Covers Linear, transformers' Conv1D, Conv2d without groups, and MultiheadAttention: its ``in_proj_weight`` in
     self-attention, and its ``out_proj``, which no hook sees (the attention runs a second time with an identity in
     its place). ``names`` restricts the work to these parameters; ``bias`` lets biases join their weights through a
-    constant input 1. Grams are summed on ``device``, by default where the inputs are, and returned on the CPU.
+    constant input 1; ``norms`` adds the Grams of every norm's channels (see `bmm.grams.norms`). Grams are summed on
+    ``device``, by default where the inputs are, and returned on the CPU.
     ``progress`` is called with the number of batches done.
 
     The model runs in evaluation mode, without gradients and without the fused encoder path, and is left as it was
@@ -45,9 +48,10 @@ def collect(
     Raises `GramError` for unknown names, no batches, or NaN and overflow among the activations.
     """
     sites, skipped = find_sites(model, names, bias)
+    norm_sites = find_norms(model, names) if norms else []
     recorder = _Recorder(device)
     done = 0
-    with _watching(model, sites, recorder), torch.inference_mode(False), torch.no_grad():
+    with _watching(model, sites, norm_sites, recorder), torch.inference_mode(False), torch.no_grad():
         for done, batch in enumerate(batches, 1):
             forward(model, batch)
             recorder.end_forward()
@@ -55,7 +59,35 @@ def collect(
                 progress(done)
     if done == 0:
         raise GramError("no calibration batches", "give at least one batch of inputs")
-    return _result(sites, skipped, recorder)
+    return _with_norms(_result(sites, skipped, recorder), norm_sites)
+
+
+def reading_order(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Any], Any],
+    batch: Any,
+    *,
+    names: Collection[str] | None = None,
+    norms: bool = False,
+) -> list[tuple[str, ...]]:
+    """The weights that have a Gram in one forward, in the order in which they are first used.
+
+    Weights that read the same tensor come together, one tuple of parameter names a reading; a norm is alone. Arguments
+    and errors as `collect`.
+    """
+    sites, _ = find_sites(model, names, True)
+    norm_sites = find_norms(model, names) if norms else []
+    recorder = _Recorder(None)
+    with _watching(model, sites, norm_sites, recorder), torch.inference_mode(False), torch.no_grad():
+        forward(model, batch)
+        recorder.end_forward()
+    groups: dict[int, list[str]] = {}
+    for site in recorder.order:
+        if isinstance(site, NormSite):
+            groups[id(site)] = [] if site.failed else [*site.names]
+        elif site in recorder.group_of:
+            groups.setdefault(id(recorder.group_of[site]), []).extend(site.names)
+    return [tuple(group) for group in groups.values() if group]
 
 
 @dataclass(frozen=True)
@@ -94,6 +126,7 @@ class _Recorder:
         self.device = device
         self.muted = False
         self.failed: dict[Site, str] = {}
+        self.order: dict[Site | NormSite, None] = {}
         self.group_of: dict[Site, _Group] = {}
         self._seen: dict[int, _Seen] = {}
         self._serial = 0
@@ -104,6 +137,7 @@ class _Recorder:
         """A weight is about to be multiplied with ``x``."""
         if site in self.failed:
             return
+        self.order.setdefault(site)
         key = (self._identify(x), site.patch, site.homogeneous)
         if key not in self._fresh:
             gram = GramAccumulator(site.dim, site.homogeneous, device=self.device or x.device)
@@ -121,6 +155,15 @@ class _Recorder:
                 self._fresh.pop(read.key, None)
             for member in group.members:
                 del self._reads[member]
+
+    def read_norm(self, site: NormSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A norm is about to run; it runs itself for its Gram, unheard."""
+        self.order.setdefault(site)
+        muted, self.muted = self.muted, True
+        try:
+            site.read(args, kwargs)
+        finally:
+            self.muted = muted
 
     def fail(self, site: Site, reason: str) -> None:
         """A weight turns out to have no Gram."""
@@ -177,7 +220,7 @@ def _probe(x: Tensor) -> tuple[float, ...]:
 
 
 @contextmanager
-def _watching(model: nn.Module, sites: list[Site], recorder: _Recorder) -> Iterator[None]:
+def _watching(model: nn.Module, sites: list[Site], norms: list[NormSite], recorder: _Recorder) -> Iterator[None]:
     """Hooks in place, evaluation mode, no fused paths; everything back as it was at the end."""
     taps: dict[nn.Module, dict[Tap, Site]] = {}
     for site in sites:
@@ -192,6 +235,8 @@ def _watching(model: nn.Module, sites: list[Site], recorder: _Recorder) -> Itera
         for module, wanted in taps.items():
             hook = _attention_hook if isinstance(module, nn.MultiheadAttention) else _input_hook
             handles.append(module.register_forward_pre_hook(hook(wanted, recorder), with_kwargs=True))
+        for norm in norms:
+            handles.append(norm.module.register_forward_pre_hook(_norm_hook(norm, recorder), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -207,6 +252,14 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 def _input_hook(wanted: dict[Tap, Site], recorder: _Recorder) -> Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder.read(wanted["input"], args[0] if args else next(iter(kwargs.values())))
+
+    return hook
+
+
+def _norm_hook(site: NormSite, recorder: _Recorder) -> Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not recorder.muted:
+            recorder.read_norm(site, args, kwargs)
 
     return hook
 
@@ -266,4 +319,16 @@ def _result(sites: list[Site], skipped: dict[str, str], recorder: _Recorder) -> 
         out.key_of.update(dict.fromkeys(site.names, key_of_group[id(group)]))
         out.layout.update(dict.fromkeys(site.names, site.layout))
         out.bias_of.update(zip(site.names, site.biases, strict=False))
+    return out
+
+
+def _with_norms(out: TaskGrams, sites: list[NormSite]) -> TaskGrams:
+    for site in sites:
+        if site.failed or site.count == 0:
+            reason = site.failed or "its module never ran on the calibration inputs"
+            out.skipped.update(dict.fromkeys(site.names, reason))
+            continue
+        for name in site.names:
+            out.norms[name], out.count[name] = site.gram(), site.count
+        out.norm_bias.update(zip(site.names, site.biases, strict=False))
     return out

@@ -40,6 +40,12 @@ def hybrid(data: Tensor, data_free: Tensor, gamma: float) -> Tensor:
     """
     if not 0 <= gamma <= 1:
         raise GramError(f"gamma is {gamma}", "gamma, the data-free share, lies in [0, 1]")
+    seen, free = hybrid_parts(data, data_free)
+    return (1 - gamma) * seen + gamma * free
+
+
+def hybrid_parts(data: Tensor, data_free: Tensor) -> tuple[Tensor, Tensor]:
+    """The two Grams that `hybrid` mixes: of one size (i, i), and of mean eigenvalue 1 where they are not zero."""
     side, free_side = data.shape[-1], data_free.shape[-1]
     if data.shape != (side, side) or data_free.shape != (free_side, free_side) or side - free_side not in (0, 1):
         raise GramError(
@@ -47,7 +53,7 @@ def hybrid(data: Tensor, data_free: Tensor, gamma: float) -> Tensor:
             "the data Gram has the data-free Gram's size, or one more for a bias",
         )
     free = torch.nn.functional.pad(data_free.to(data), (0, side - free_side, 0, side - free_side))  # (i, i)
-    return (1 - gamma) * _unit_mean_eigenvalue(data) + gamma * _unit_mean_eigenvalue(free)
+    return _unit_mean_eigenvalue(data), _unit_mean_eigenvalue(free)
 
 
 def _unit_mean_eigenvalue(gram: Tensor) -> Tensor:

@@ -90,10 +90,20 @@ def decompose(
         if scale > 0:
             pooled.add_(gram.detach().to(pooled), alpha=scale)
             eps = max(eps, torch.finfo(gram.dtype).eps if gram.is_floating_point() else 0.0)
+    eigenvalues, basis = directions(pooled, noise_level(pooled, eps), name)
+    return Spectrum(eigenvalues, basis, tuple(grams), tuple(scales), shares, normalise)
+
+
+def noise_level(pooled: Tensor, eps: float) -> float:
+    """The largest eigenvalue of a pooled Gram (i, i) that is rounding and no evidence; ``eps`` of its worst Gram."""
+    return NOISE_FACTOR * eps * float(torch.linalg.vector_norm(pooled))
+
+
+def directions(pooled: Tensor, noise: float, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,) above ``noise`` and their eigenvectors (i, r) of a pooled Gram (i, i), in float64."""
     eigenvalues, basis = eigh_psd(pooled, f"{name}: pooled Gram")  # (i,), (i, i)
-    noise = NOISE_FACTOR * eps * float(torch.linalg.vector_norm(pooled))
     evidence = eigenvalues > noise
-    return Spectrum(eigenvalues[evidence], basis[:, evidence], tuple(grams), tuple(scales), shares, normalise)
+    return eigenvalues[evidence], basis[:, evidence]
 
 
 def task_weights(weights: Sequence[float] | None, count: int, name: str) -> tuple[float, ...]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +28,14 @@ from ..errors import GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
 
 Found = TypeVar("Found")
+
+
+_TENSORS = ("grams", "norms")
+"""The fields of `TaskGrams` that hold tensors: each is written under the field's name and a slash."""
 
 
 def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: dict[str, Any]) -> str:
@@ -48,6 +53,28 @@ def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: di
     for tensor in inputs:
         _hash_tensor(digest, tensor)
     return digest.hexdigest()
+
+
+def flat(batches: Any) -> Iterator[Tensor]:
+    """The tensors of a batch or of batches, in a fixed order, whatever holds them."""
+    if isinstance(batches, Tensor):
+        yield batches
+    elif isinstance(batches, Mapping):
+        for key in sorted(batches):
+            yield from flat(batches[key])
+    elif isinstance(batches, list | tuple | Iterator):
+        for item in batches:
+            yield from flat(item)
+
+
+def source_of(thing: Any) -> str:
+    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
+    kind = inspect.unwrap(getattr(thing, "func", thing))
+    if not inspect.isroutine(kind) and not inspect.isclass(kind):
+        kind = type(kind)
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(kind)
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', repr(kind))}"
 
 
 class TensorStore:
@@ -115,8 +142,9 @@ class GramStore(TensorStore):
 
     def save(self, fingerprint: str, grams: TaskGrams) -> Path:
         """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
-        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name != "grams"})
-        return self.write(fingerprint, grams.grams, body)
+        body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name not in _TENSORS})
+        tensors = {f"{kind}/{key}": gram for kind in _TENSORS for key, gram in getattr(grams, kind).items()}
+        return self.write(fingerprint, tensors, body)
 
     def load(self, fingerprint: str) -> TaskGrams | None:
         """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``)."""
@@ -130,7 +158,13 @@ class Untrusted(Exception):
 def _read(path: Path, fingerprint: str) -> TaskGrams:
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    return TaskGrams(grams=tensors, **json.loads(checked_body(path, fingerprint, tensors)))
+    body = checked_body(path, fingerprint, tensors)
+    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        found[kind][name] = tensor
+    record: dict[str, Any] = {**found, **json.loads(body)}
+    return TaskGrams(**record)
 
 
 def checked_body(path: Path, fingerprint: str, tensors: Tensors) -> str:

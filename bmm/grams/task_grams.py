@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,9 @@ class TaskGrams:
     parameter's name of the first module that shares it. ``key_of``, ``layout`` and ``bias_of`` go by weight parameter
     name; ``bias_of`` lists the biases that the homogeneous coordinate covers. ``layout``: "linear" weights are (o, i),
     "conv1d" (transformers' Conv1D) transposed (i, o), "conv2d" (o, c, kh, kw) with a Gram over flattened patches.
-    ``skipped``: why a weight of two or more dimensions has no Gram.
+    ``skipped``: why a weight of two or more dimensions, or a norm's, has no Gram.
+    ``norms[name]``: for a norm's weight of c channels the Grams (c, 2, 2) of ``(x_hat, 1)``, or (c, 1, 1) of ``x_hat``
+    where the norm has no bias; ``norm_bias`` names the bias. Empty unless norms were asked for.
     """
 
     grams: dict[str, Tensor] = field(default_factory=dict)
@@ -32,6 +34,8 @@ class TaskGrams:
     bias_of: dict[str, str] = field(default_factory=dict)
     layout: dict[str, Layout] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    norm_bias: dict[str, str] = field(default_factory=dict)
 
     def for_weight(self, name: str) -> Tensor:
         """The Gram of a weight parameter. Raises `GramError` where it has none, saying why."""
@@ -55,13 +59,21 @@ class TaskGrams:
             bias_of={new(n): new(b) for n, b in self.bias_of.items()},
             layout={new(n): kind for n, kind in self.layout.items()},
             skipped={new(n): why for n, why in self.skipped.items()},
+            norms={new(n): g for n, g in self.norms.items()},
+            norm_bias={new(n): new(b) for n, b in self.norm_bias.items()},
         )
 
     def to(self, dtype: torch.dtype) -> TaskGrams:
-        """The same record with Grams in ``dtype``: float32 halves the memory of float64."""
+        """The same record with the modules' Grams in ``dtype``: float32 halves the memory of float64."""
         return replace(self, grams={k: g.to(dtype) for k, g in self.grams.items()})
 
     @property
     def bytes(self) -> int:
         """Memory of the Grams."""
-        return sum(g.numel() * g.element_size() for g in self.grams.values())
+        return sum(g.numel() * g.element_size() for g in (*self.grams.values(), *self.norms.values()))
+
+    def joined(self, other: TaskGrams) -> TaskGrams:
+        """Both records in one, for weights collected in turns; a weight with a Gram in one is not skipped."""
+        found = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self)}
+        measured = found["key_of"].keys() | found["norms"].keys()
+        return TaskGrams(**found | {"skipped": {n: w for n, w in found["skipped"].items() if n not in measured}})

@@ -10,7 +10,7 @@ from importlib import metadata
 import yaml
 
 from ..records import StudyResult
-from .tables import gap_line, hyperparameter_table, score_table
+from .tables import gap_line, hyperparameter_table, markdown, score_table
 
 PACKAGES = ("bmm-tuner", "torch", "ax-platform", "botorch", "gpytorch", "numpy", "safetensors")
 
@@ -47,6 +47,28 @@ def study_card(result: StudyResult, recipe_yaml: str) -> str:
 def merge_card(title: str, recipe: Mapping[str, object], recipe_yaml: str, command: str) -> str:
     """README.md of a single merge."""
     return _card(title, recipe, recipe_yaml, [f"Repeat with `{command}`."])
+
+
+def average_card(method: str, options: Mapping[str, object], shares: Mapping[str, float], batchnorm: str) -> str:
+    """README.md of an average over one run's checkpoints: ``shares`` gives each one's weight, oldest first."""
+    front = yaml.safe_dump({"tags": ["merge", "bmm"], "library_name": "bmm-tuner"}, sort_keys=False)
+    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in options.items() if name != "each")
+    statistics = {
+        "recompute": "BatchNorm statistics were measured anew on calibration inputs.",
+        "last": "BatchNorm statistics are the last checkpoint's.",
+        "average": "BatchNorm statistics are averaged like the weights.",
+    }
+    body = [
+        f"---\n{front}---",
+        "# Averaged model",
+        f"Average (`{method}`) of {len(shares)} checkpoints of one training run; {date.today().isoformat()}.",
+        *([statistics[batchnorm]] if batchnorm else []),
+        "## Checkpoints and their weights",
+        markdown(["checkpoint", "weight"], [[f"`{path}`", f"{share:.6g}"] for path, share in shares.items()]),
+        f"Repeat with `bmm average CHECKPOINTS --method {method}{flags} --out FOLDER`.",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
+    ]
+    return "\n\n".join(body) + "\n"
 
 
 def _card(what: str, recipe: Mapping[str, object], recipe_yaml: str, parts: list[str]) -> str:

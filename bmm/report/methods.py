@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..anchors import Anchor, Knob
+from ..anchors import ANCHORS, Anchor, Knob, get
 from ..anchors.anchor import NEEDS
 from .tables import markdown
 
@@ -105,15 +105,17 @@ def methods_index(anchors: Iterable[Anchor]) -> str:
     return (
         "# Merge methods\n\n"
         "Each is a plain merge (`bmm merge --anchor NAME`) and a prior for BMM (`bmm tune --anchor NAME`).\n"
+        "Any of them takes LiNeS on top, under the name `NAME+lines`.\n"
         "Any merge made elsewhere is a prior too: `--anchor path:FOLDER`.\n"
         "These pages are made of the registry by `bmm anchors --write docs/methods`.\n\n"
         f"{table}\n"
     )
 
 
-def write_pages(folder: Path, anchors: Iterable[Anchor]) -> list[Path]:
-    """Write the index and a page each into ``folder``; returns their paths."""
-    listed = list(anchors)
+def write_pages(folder: Path) -> list[Path]:
+    """Write the index and a page for every registered method into ``folder``, LiNeS by the example of task arithmetic;
+    returns their paths."""
+    listed = [*ANCHORS.values(), get("task_arithmetic+lines")]
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"README.md": methods_index(listed)} | {f"{a.name}.md": method_page(a) for a in listed}
     for name, text in pages.items():

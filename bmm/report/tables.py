@@ -52,9 +52,16 @@ def score_table(models: Mapping[str, Sequence[Score]]) -> str:
 
 
 def hyperparameter_table(best: Hyperparameters) -> str:
-    """lam and rho by module group."""
+    """lam and rho by module group, and below what else was searched."""
     rows = [[g, f"{best.lam[g]:.4g}", f"{best.rho[g]:.3f}"] for g in best.lam]
-    return markdown(["group", "lam", "rho"], rows)
+    lines = []
+    if best.gamma is not None:
+        lines.append(f"gamma {best.gamma:.3f}")
+    if best.anchor_scale is not None:
+        lines.append(f"anchor scale {best.anchor_scale:.3f}")
+    if best.weights:
+        lines.append("task weights " + ", ".join(f"{task} {weight:.3g}" for task, weight in best.weights.items()))
+    return "\n\n".join([markdown(["group", "lam", "rho"], rows), *(["; ".join(lines)] if lines else [])])
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:

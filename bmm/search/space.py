@@ -26,10 +26,18 @@ RHO = "rho"
 LOG10_LAM_BOUNDS = (-4.0, 3.0)
 RHO_BOUNDS = (0.5, 1.5)
 
+GAMMA = "gamma"
+ANCHOR_SCALE = "anchor_scale"
+LOG10_WEIGHT = "log10_weight"
+GAMMA_BOUNDS = (0.0, 1.0)
+ANCHOR_SCALE_BOUNDS = (0.0, 2.0)
+WEIGHT_FACTOR = 4.0
+"""A searched task weight goes from a quarter to four times the one given."""
+
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched number, ``low <= default <= high``, named ``<kind>/<group>``."""
+    """One searched number, ``low <= default <= high``, named ``<kind>/<group>`` (``<kind>`` where there is but one)."""
 
     name: str
     low: float
@@ -52,6 +60,8 @@ class Parameter:
 class Space:
     """A box of parameters: for every module group one ``log10_lam/<group>`` and one ``rho/<group>``.
 
+    It may also hold ``gamma``, ``anchor_scale`` and one ``log10_weight/<task>`` a task, see `extended`.
+
     Raises `RecipeError` where a parameter is repeated, of an unknown kind, or lacks its partner.
     """
 
@@ -65,7 +75,7 @@ class Space:
         if repeated := sorted({n for n in names if names.count(n) > 1}):
             raise RecipeError(f"the search space names {', '.join(repeated)} more than once")
         wanted = {f"{kind}/{group}" for group in self.groups for kind in (LOG10_LAM, RHO)}
-        if wrong := sorted(wanted.symmetric_difference(names)):
+        if wrong := sorted(wanted.symmetric_difference(n for n in names if not _is_extra(n))):
             raise RecipeError(
                 f"the search space needs {LOG10_LAM} and {RHO} for every group; at fault: {', '.join(wrong)}"
             )
@@ -93,16 +103,45 @@ class Space:
             parameters.append(Parameter(f"{RHO}/{group}", float(rho[0]), float(rho[1]), min(max(1.0, rho[0]), rho[1])))
         return cls(tuple(parameters))
 
+    def extended(
+        self,
+        gamma: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        anchor_scale: float | None = None,
+    ) -> Space:
+        """This space and a parameter for each value given, which becomes its default.
+
+        ``gamma`` in [0, 1]; ``anchor_scale`` in [0, 2], the factor on the anchor's task vector (0: a prior around the
+        base); ``weights`` by task, each on a log scale from a quarter to four times the value. A task of weight 0
+        stays out.
+        """
+        extra = []
+        if gamma is not None:
+            extra.append(Parameter(GAMMA, *GAMMA_BOUNDS, float(gamma)))
+        for task, weight in (weights or {}).items():
+            if weight > 0:
+                middle, reach = math.log10(weight), math.log10(WEIGHT_FACTOR)
+                extra.append(Parameter(f"{LOG10_WEIGHT}/{task}", middle - reach, middle + reach, middle))
+        if anchor_scale is not None:
+            extra.append(Parameter(ANCHOR_SCALE, *ANCHOR_SCALE_BOUNDS, float(anchor_scale)))
+        return Space((*self.parameters, *extra))
+
     @property
     def groups(self) -> list[str]:
         """Group names in the order they first appear."""
-        return list(dict.fromkeys(p.name.partition("/")[2] for p in self.parameters))
+        return list(dict.fromkeys(p.name.partition("/")[2] for p in self.parameters if not _is_extra(p.name)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks whose weight is searched."""
+        kinds = (p.name.partition("/") for p in self.parameters)
+        return [task for kind, _, task in kinds if kind == LOG10_WEIGHT]
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     def anchor(self) -> Hyperparameters:
-        """The anchor itself: lam = inf, rho = 1."""
+        """The anchor itself: lam = inf, rho = 1, and nothing else changed."""
         return Hyperparameters.uniform(self.groups, math.inf, 1.0)
 
     def default(self) -> Hyperparameters:
@@ -116,15 +155,22 @@ class Space:
         return Hyperparameters(
             lam={g: 10.0 ** point[f"{LOG10_LAM}/{g}"] for g in self.groups},
             rho={g: float(point[f"{RHO}/{g}"]) for g in self.groups},
+            gamma=float(point[GAMMA]) if GAMMA in point else None,
+            weights={t: 10.0 ** point[f"{LOG10_WEIGHT}/{t}"] for t in self.tasks},
+            anchor_scale=float(point[ANCHOR_SCALE]) if ANCHOR_SCALE in point else None,
         )
 
     def point_of(self, hyperparameters: Hyperparameters) -> Point:
         """The nearest point of the box.
 
         The anchor (lam = inf) lands on the upper bound of log10 lam, lam = 0 on the lower: lam's effect saturates
-        there, so an engine that sees the anchor's score at the bound is not misled.
+        there, so an engine that sees the anchor's score at the bound is not misled. What the hyperparameters leave to
+        the recipe (gamma, task weights, the anchor's scale) stands at its default.
         """
-        values: Point = {}
+        values: Point = {p.name: p.default for p in self.parameters if _is_extra(p.name)}
+        given = {GAMMA: hyperparameters.gamma, ANCHOR_SCALE: hyperparameters.anchor_scale}
+        given |= {f"{LOG10_WEIGHT}/{t}": math.log10(w) for t, w in hyperparameters.weights.items() if w > 0}
+        values |= {name: value for name, value in given.items() if name in values and value is not None}
         for group in self.groups:
             try:
                 lam, rho = hyperparameters.lam[group], hyperparameters.rho[group]
@@ -154,3 +200,8 @@ class Space:
     @classmethod
     def from_json(cls, raw: Sequence[Mapping[str, Any]]) -> Space:
         return cls(tuple(Parameter(**p) for p in raw))
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a parameter belongs to the whole model or a task rather than to a module group."""
+    return name in (GAMMA, ANCHOR_SCALE) or name.startswith(f"{LOG10_WEIGHT}/")

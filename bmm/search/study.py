@@ -48,7 +48,7 @@ def run_study(
     Raises `RecipeError` for a reference, weight, budget or engine that makes no sense, `StudyError` where the
     database holds another search (seed, space, reference, weights, engine) or where anchor and default both failed.
     """
-    shares = _shares(reference, weights)
+    shares = shares_of(reference, weights)
     if budget < 1:
         raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
     if seed < 0:
@@ -134,7 +134,7 @@ def _evaluated(trial: Trial, evaluate: Evaluate, reference: Mapping[str, float],
     return replace(trial, status="completed", scores=scores, objective=value, seconds=time.perf_counter() - started)
 
 
-def _shares(reference: Mapping[str, float], weights: Mapping[str, float] | None) -> dict[str, float]:
+def shares_of(reference: Mapping[str, float], weights: Mapping[str, float] | None) -> dict[str, float]:
     """The tasks' weights, scaled to sum to one."""
     if not reference:
         raise RecipeError("a study needs at least one task")

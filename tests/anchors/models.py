@@ -55,11 +55,6 @@ def fisher_for(model):
     return {k: torch.nan_to_num(torch.sin(3 * v) ** 12).float() for k, v in wide.items()}
 
 
-def score(tensors):
-    """A stand-in for a validation score: models close to all weights of 1 are good."""
-    return -float(sum((v.double() - 1).square().sum() for v in tensors.values() if v.is_floating_point()))
-
-
 class Lazy(Mapping):
     """A checkpoint that counts how often each tensor is read, and hands out a new copy every time."""
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from bmm_cli.main import COMMANDS
 
 from tests.family import TASKS
 
@@ -35,7 +36,7 @@ def study(recipe, tmp_path_factory):
 
 def test_help_of_every_command_has_examples():
     top = bmm("--help").stdout
-    for name in ("tune", "merge", "reconstruct", "evaluate", "gram", "anchors", "inspect", "report"):
+    for name in COMMANDS:
         assert name in top
         text = bmm(name, "--help").stdout
         assert f"bmm {name}" in text.split("Options:")[0].split("\n", 2)[2]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bmm.errors import GramError, WriteError
 from bmm.grams import GramStore, TaskGrams, fingerprint
+from bmm.grams.store import CODE_VERSION
 
 
 def some_grams():
@@ -26,14 +27,18 @@ def some_grams():
         bias_of={"a.weight": "a.bias", "b.weight": "b.bias"},
         layout={"a.weight": "linear", "b.weight": "linear", "c.weight": "conv1d", "d.weight": "conv2d"},
         skipped={"e.weight": "Embedding is no Linear"},
+        norms={"n.weight": torch.stack([x.T[:2, :2] @ x[:2, :2]] * 3)},
+        norm_bias={"n.weight": "n.bias"},
     )
 
 
 def same(a, b):
-    plain = all(getattr(a, k) == getattr(b, k) for k in ("key_of", "count", "has_bias", "bias_of", "layout", "skipped"))
-    return plain and a.grams.keys() == b.grams.keys() and all(
-        torch.equal(a.grams[k], b.grams[k]) and a.grams[k].dtype == b.grams[k].dtype for k in a.grams
-    )  # fmt: skip
+    names = ("key_of", "count", "has_bias", "bias_of", "layout", "skipped", "norm_bias")
+    plain = all(getattr(a, k) == getattr(b, k) for k in names)
+    return plain and all(
+        one.keys() == two.keys() and all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one)
+        for one, two in ((a.grams, b.grams), (a.norms, b.norms))
+    )
 
 
 def test_round_trip(tmp_path):
@@ -86,9 +91,9 @@ def test_other_versions_and_other_fingerprints_are_stale(tmp_path, monkeypatch):
     (tmp_path / "g.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes())
     assert store.load("g") is None
     assert "stale" in store.notices[-1]
-    monkeypatch.setattr("bmm.grams.store.CODE_VERSION", 2)
+    monkeypatch.setattr("bmm.grams.store.CODE_VERSION", CODE_VERSION + 1)
     assert store.load("f") is None
-    assert "stale (version 1, this is 2)" in store.notices[-1]
+    assert f"stale (version {CODE_VERSION}, this is {CODE_VERSION + 1})" in store.notices[-1]
     store.save("f", some_grams())
     assert same(store.load("f"), some_grams())
 

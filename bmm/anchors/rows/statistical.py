@@ -112,4 +112,21 @@ ROWS = (
         cost="o i T, and a gradient an example for the Fishers",
         when="Where both task arithmetic and Fisher merging are sensible: it stands between the two.",
     ),
+    Anchor(
+        "regmean_pp",
+        "RegMean++",
+        "2508.03121, RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging",
+        "RegMean on the inputs of blocks behind merged blocks; mean of what has no Gram.",
+        (Knob("off_diagonal", 0.9, 0.0, 1.0, "float", "factor on the off-diagonal entries of the Grams"), scale(1.0)),
+        regmean,
+        matrices=True,
+        needs=frozenset({"sequential_grams"}),
+        weights="positive",
+        formula=(
+            "(sum_t a_t W_t G_t) (sum_t a_t G_t)^-1 with G_t = X_t' X_t of what reaches the weight in expert t's block "
+            "behind the blocks merged before it"
+        ),
+        cost="T o i^2, one eigendecomposition of (i, i), and a pass over the calibration inputs for every block",
+        when="As RegMean, in deep models whose inputs drift once earlier blocks are merged.",
+    ),
 )
