@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 import torch
-from zoo import Bench, cells, options, scores
+from zoo import Bench, cells, options, publish, scores
 
 from bmm.report import markdown
 
@@ -62,8 +62,8 @@ def main() -> None:
             if not args.print:
                 print(" | ".join(line), flush=True)
     header = ["variant", "seeds", "validation objective", "test accuracy", "gap closed", "suggest s", "evaluate s"]
-    print(f"\n{args.zoo}, anchor {args.anchor}, {args.budget} trials, autocast {args.autocast}\n")
-    print(markdown(header, rows))
+    title = f"{args.zoo}, anchor {args.anchor}, {args.budget} trials, autocast {args.autocast}"
+    publish(args, f"ablation {args.zoo}", f"{title}\n\n{markdown(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from zoo import Bench, closed, mean, options, scores
+from zoo import Bench, closed, mean, options, publish, scores
 
 from bmm import zoo
 from bmm.report import markdown
@@ -88,7 +88,7 @@ def main() -> None:
             means = [f"{100 * statistics.mean(p[line] for p in found):.1f}" for line in LINES]
             gaps = [f"{statistics.mean(s):.0f} (sd {statistics.stdev(s) if len(s) > 1 else 0:.0f}) %" for s in shares]
             rows.append([str(count), str(len(found)), *means, *gaps])
-    print(markdown(["tasks", "sets", *LINES, "gap closed, data", "gap closed, datafree"], rows))
+    publish(args, "tasks", markdown(["tasks", "sets", *LINES, "gap closed, data", "gap closed, datafree"], rows))
     if rows:
         args.svg.parent.mkdir(parents=True, exist_ok=True)
         draw(args.svg, {c: p for c, p in points.items() if p})

@@ -193,7 +193,20 @@ def options(description: str, zoo_name: str = "vit8") -> argparse.ArgumentParser
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/bench"))
     parser.add_argument("--print", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--into", type=Path, help="a Markdown file whose marked place takes the result")
     return parser
+
+
+def publish(args: argparse.Namespace, name: str, text: str) -> None:
+    """Print a result; with --into FILE put it there, between the lines ``<!-- name -->`` and ``<!-- end name -->``."""
+    print(f"\n{text}")
+    if args.into:
+        page = args.into.read_text()
+        opening, closing = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if opening not in page or closing not in page:
+            raise SystemExit(f"{args.into} has no lines {opening.strip()} and {closing}")
+        before, _, rest = page.partition(opening)
+        args.into.write_text(f"{before}{opening}\n{text}\n\n{closing}{rest.partition(closing)[2]}")
 
 
 def main() -> None:
@@ -214,14 +227,15 @@ def main() -> None:
     for source in args.sources:
         header += [f"BMM {source}", "gap closed"]
     images = sum(s.n for s in scores((bench.ends() or {})["experts"]))
-    print(
-        f"\n{args.zoo}, test accuracy (%), {len(bench.run.tasks)} tasks, {images} images; {args.budget} trials, "
-        f"{args.calibration} calibration inputs a task, groups {args.groups}, autocast {args.autocast}\n"
+    text = (
+        f"{args.zoo}, test accuracy (%), {len(bench.run.tasks)} tasks, {images} images; {args.budget} trials,\n"
+        f"{args.calibration} calibration inputs a task, groups {args.groups}, autocast {args.autocast}\n\n"
+        + markdown(header, lines)
     )
-    print(markdown(header, lines))
     if timing:
         suggest, evaluate = (statistics.median(t[k] for t in timing) for k in (0, 1))
-        print(f"\nmedian seconds a trial: suggestion {suggest:.2f}, evaluation {evaluate:.2f} ({args.threads} threads)")
+        text += f"\n\nmedian seconds a trial: suggestion {suggest:.2f}, evaluation {evaluate:.2f}"
+    publish(args, f"zoo {args.zoo}", text)
 
 
 if __name__ == "__main__":
