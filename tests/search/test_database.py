@@ -198,9 +198,10 @@ HOLDER = """
 import os, sys, time
 from bmm.search.database import StudyDatabase
 database = StudyDatabase.open(sys.argv[1])
-child = os.fork() if sys.argv[2] == "fork" else 0
-if child or sys.argv[2] == "alone":
-    print("held", child, flush=True)
+if sys.argv[2] == "alone":
+    print("held", 0, flush=True)
+elif os.fork() == 0:  # the child speaks: it runs, and has done what it does after a fork
+    print("held", os.getpid(), flush=True)
 time.sleep(60)
 """
 
