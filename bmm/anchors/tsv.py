@@ -5,28 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import svd
-from .anchor import Context, scaled
+from ..linalg import leading_triples, polar
+from .anchor import Context
 
 
-def evidence(s: Tensor, shape: torch.Size | tuple[int, ...], largest: Tensor | None = None) -> Tensor:
-    """Mask (r,) of the singular values above rounding, ``max(shape) * eps * largest``; ``largest`` defaults to s[0].
+def whiten(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The polar factor ``p @ qh`` of (n, m) vectors ``p diag(s) qh``: their nearest orthonormal set, in float64.
 
-    Singular vectors of the others are arbitrary: they differ from one LAPACK to the next.
+    ``dtype`` is that of the matrices the vectors come from: dependence below its precision is dependence. Where the
+    vectors are linearly dependent that set is not unique, and the usual ``p @ qh`` fills up with arbitrary directions;
+    the partial isometry that leaves them out is unique, and is what this returns. It comes from the Gram of the
+    vectors, ``vectors (vectors' vectors)^(-1/2)``, see `bmm.linalg.polar`.
     """
-    reference = s.amax() if largest is None else largest
-    return s > max(shape) * torch.finfo(s.dtype).eps * reference
-
-
-def whiten(vectors: Tensor) -> Tensor:
-    """The polar factor ``p @ qh`` of (n, m) vectors ``p diag(s) qh``: their nearest orthonormal set.
-
-    Where the vectors are linearly dependent that set is not unique, and the usual ``p @ qh`` fills up with arbitrary
-    directions; the partial isometry that leaves them out is unique, and is what this returns.
-    """
-    p, s, qh = svd(vectors)
-    keep = evidence(s, vectors.shape)
-    return p[:, keep] @ qh[keep]
+    isometry, _ = polar(vectors, "singular vectors of all tasks", dtype=dtype)
+    return isometry
 
 
 def tsv(taus: Tensor, context: Context) -> Tensor:
@@ -35,17 +27,21 @@ def tsv(taus: Tensor, context: Context) -> Tensor:
     ``taus`` (T, o, i) -> (o, i). Each task keeps its ``r = max(1, floor(min(o, i) / T))`` leading triples. With more
     than min(o, i) tasks there are more columns than dimensions: whitening then makes the rows orthonormal. Directions
     of zero singular value are left out. One expert gives that expert.
+
+    In float64, one expert at a time; besides ``taus`` it holds about four matrices (o, i) of that width, however many
+    experts there are.
     """
     rank = max(1, min(taus.shape[1:]) // len(taus))
     us, ss, vs = [], [], []
-    for t, tau in enumerate(scaled(taus, context.weights)):
-        u, s, vh = svd(tau, f"{context.name}, task vector {t}")
-        keep = evidence(s, tau.shape)[:rank]  # (r,)
-        us.append(u[:, :rank][:, keep])  # (o, r)
-        ss.append(s[:rank][keep])  # (r,)
-        vs.append(vh[:rank][keep].mT)  # (i, r)
+    for t, (tau, weight) in enumerate(zip(taus, context.weights.tolist(), strict=True)):
+        u, s, v = leading_triples(tau, rank, f"{context.name}, task vector {t}")  # (o, r), (r,), (i, r)
+        us.append(u if weight > 0 else -u)
+        ss.append(abs(weight) * s)
+        vs.append(v)
     scales = torch.cat(ss)  # (T r,)
     if not len(scales):
         return torch.zeros_like(taus[0])
-    left, right = whiten(torch.cat(us, 1)), whiten(torch.cat(vs, 1))  # (o, T r), (i, T r)
-    return left * scales @ right.mT  # (o, i)
+    left = whiten(torch.cat(us, 1), taus.dtype) * scales  # (o, T r)
+    stacked = torch.cat(vs, 1)  # (i, T r)
+    del vs
+    return (left @ whiten(stacked, taus.dtype).mT).to(taus.dtype)  # (o, i)
