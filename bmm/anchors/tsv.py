@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import leading_triples, polar
+from ..linalg import leading_triples, polar, rounding
 from .anchor import Context
 
 
@@ -17,8 +17,8 @@ def whiten(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     the partial isometry that leaves them out is unique, and is what this returns. It comes from the Gram of the
     vectors, ``vectors (vectors' vectors)^(-1/2)``, see `bmm.linalg.polar`.
     """
-    isometry, _ = polar(vectors, "singular vectors of all tasks", dtype=dtype)
-    return isometry
+    noise = rounding(dtype, float(torch.linalg.vector_norm(vectors)))
+    return polar(vectors, noise, "singular vectors of all tasks")[0]
 
 
 def tsv(taus: Tensor, context: Context) -> Tensor:
@@ -34,7 +34,8 @@ def tsv(taus: Tensor, context: Context) -> Tensor:
     rank = max(1, min(taus.shape[1:]) // len(taus))
     us, ss, vs = [], [], []
     for t, (tau, weight) in enumerate(zip(taus, context.weights.tolist(), strict=True)):
-        u, s, v = leading_triples(tau, rank, f"{context.name}, task vector {t}")  # (o, r), (r,), (i, r)
+        noise = rounding(tau.dtype, float(torch.linalg.vector_norm(tau)))
+        u, s, v = leading_triples(tau, rank, noise, f"{context.name}, task vector {t}")  # (o, r), (r,), (i, r)
         us.append(u if weight > 0 else -u)
         ss.append(abs(weight) * s)
         vs.append(v)
