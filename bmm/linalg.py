@@ -75,7 +75,7 @@ def _short(matrix: Tensor, name: str) -> Tensor:
     return (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
 
 
-RESOLVED = 1e-4
+RESOLVED = 1e-3
 """Ratio of singular values down to which one Gram in float64 is trusted."""
 
 
@@ -83,8 +83,8 @@ def _singular(short: Tensor, count: int, noise: float, name: str) -> tuple[Tenso
     """Leading singular values (k,) above ``noise``, descending, and left singular vectors (m, k) of ``short`` (m, n).
 
     From the eigenvectors of the (m, m) Gram, which takes a third of an SVD's time where n = 4 m. Squaring costs
-    accuracy, ``2e-16 (s_1 / s_k)^2`` or 2e-8 at the ratio `RESOLVED`: what lies below is decomposed again within the
-    subspace it spans, where it is the largest, which leaves 2e-6 at a ratio of 1e-6.
+    accuracy, ``2e-16 (s_1 / s_k)^2`` or 2e-10 at the ratio `RESOLVED`: what lies below is decomposed again within the
+    subspace it spans, where it is the largest, which leaves about 1e-6 at a ratio of 1e-6.
     """
     e, u = eigh_psd(short @ short.mT, name)  # (m,), (m, m)
     s, u = e.sqrt().flip(0), u.flip(1)
