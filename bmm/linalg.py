@@ -60,13 +60,15 @@ def polar(matrix: Tensor, noise: float, name: str = "matrix") -> tuple[Tensor, T
     return isometry if matrix.shape[0] <= matrix.shape[1] else isometry.mT, s
 
 
-def rounding(dtype: torch.dtype, norm: float) -> float:
-    """Singular values that rounding makes in a matrix of Frobenius norm ``norm`` with entries in ``dtype``.
+def rounding(matrix: Tensor, dtype: torch.dtype, norm: float | None = None) -> float:
+    """Singular values (o, i) that come of rounding entries to ``dtype``, for terms of Frobenius norm ``norm`` in all.
 
-    Rounding every entry moves no singular value by more than ``eps / 2 * norm`` (Weyl); products that made the matrix,
-    as in a LoRA, round a few times more, and decomposing it in float64 adds up to 1e-12.
+    Independent errors of ``eps / 2`` an entry make a matrix of spectral norm about ``eps norm / (2 sqrt(min(o, i)))``;
+    sixteen times that leaves room for products that round several times, as in a LoRA. Decomposing in float64 adds
+    1e-12. ``norm`` is by default the matrix's own.
     """
-    return max(8 * torch.finfo(dtype).eps, 1e-12) * norm
+    size = float(torch.linalg.vector_norm(matrix)) if norm is None else norm
+    return max(8 * torch.finfo(dtype).eps / min(matrix.shape) ** 0.5, 1e-12) * size
 
 
 def _short(matrix: Tensor, name: str) -> Tensor:

@@ -17,7 +17,8 @@ def iso_c(taus: Tensor, context: Context) -> Tensor:
     arbitrary: they are left out, of ``d`` and of the mean, which keeps the nuclear norm of the sum.
     """
     total = weighted_sum(taus, context.weights)  # (o, i)
-    isometry, s = polar(total, rounding(taus.dtype, float(_norms(taus, context.weights).sum())), context.name)
+    noise = rounding(total, total.dtype, float(_norms(taus, context.weights).sum()))
+    isometry, s = polar(total, noise, context.name)  # (o, i), (r,)
     if not len(s):
         return torch.zeros_like(total)
     return isometry.mul_(s.mean()).to(taus.dtype)
@@ -37,14 +38,14 @@ def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
     norms = _norms(taus, context.weights)  # (T,)
 
     total = weighted_sum(taus, context.weights)  # (o, i)
-    noise = rounding(taus.dtype, float(norms.sum()))
+    noise = rounding(total, total.dtype, float(norms.sum()))
     shared, s, v = leading_triples(total, slots - own * len(taus), noise, context.name)
     us, ss, vs = [shared], [s], [v]  # (o, c), (c,), (i, c)
     for t in range(len(taus) if own else 0):
         rest = taus[t].double() * context.weights[t].to(shared)  # (o, i)
         rest -= shared @ (shared.mT @ rest)
         # what projecting leaves of nothing is rounding, not direction: it is measured against the task vector
-        noise = rounding(taus.dtype, float(norms[t]))
+        noise = rounding(rest, taus.dtype, float(norms[t]))
         u, s, v = leading_triples(rest, own, noise, f"{context.name}, task vector {t}")
         us, ss, vs = [*us, u], [*ss, s], [*vs, v]  # (o, own), (own,), (i, own)
     scales = torch.cat(ss)

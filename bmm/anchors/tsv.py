@@ -17,8 +17,7 @@ def whiten(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     the partial isometry that leaves them out is unique, and is what this returns. It comes from the Gram of the
     vectors, ``vectors (vectors' vectors)^(-1/2)``, see `bmm.linalg.polar`.
     """
-    noise = rounding(dtype, float(torch.linalg.vector_norm(vectors)))
-    return polar(vectors, noise, "singular vectors of all tasks")[0]
+    return polar(vectors, rounding(vectors, dtype), "singular vectors of all tasks")[0]
 
 
 def tsv(taus: Tensor, context: Context) -> Tensor:
@@ -34,11 +33,10 @@ def tsv(taus: Tensor, context: Context) -> Tensor:
     rank = max(1, min(taus.shape[1:]) // len(taus))
     us, ss, vs = [], [], []
     for t, (tau, weight) in enumerate(zip(taus, context.weights.tolist(), strict=True)):
-        noise = rounding(tau.dtype, float(torch.linalg.vector_norm(tau)))
-        u, s, v = leading_triples(tau, rank, noise, f"{context.name}, task vector {t}")  # (o, r), (r,), (i, r)
-        us.append(u if weight > 0 else -u)
-        ss.append(abs(weight) * s)
-        vs.append(v)
+        u, s, v = leading_triples(tau, rank, rounding(tau, tau.dtype), f"{context.name}, task vector {t}")
+        us.append(u if weight > 0 else -u)  # (o, r)
+        ss.append(abs(weight) * s)  # (r,)
+        vs.append(v)  # (i, r)
     scales = torch.cat(ss)  # (T r,)
     if not len(scales):
         return torch.zeros_like(taus[0])
