@@ -7,14 +7,13 @@ Every distinct shape of the model is timed once a round and counted as often as 
 float32 SVDs of every task vector and of the stacked vectors, run in turn with ours in one process; ratios are of
 medians. The error is the largest one, relative to the largest entry of the same formula by SVDs in float64. Task
 vectors are random with a spectrum that falls over two decades. Memory is the growth of the process's peak during a
-whole `merge_stream` of the largest module, experts made on access, divided by the size of its T task vectors in
-float32. --tokens adds CLIP's token embedding, (49408, 512) or (49408, 768), to the memory column.
+whole `merge_stream` of the largest module (Linux: /proc/self/status), experts made on access, divided by the size of
+its T task vectors in float32. --tokens adds CLIP's token embedding, (49408, 512) or (49408, 768), to the memory column.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -127,8 +126,8 @@ class Made(Mapping[str, Tensor]):
 def peak_of_merge(name: str, experts: int, o: int, i: int) -> None:
     """In a process of its own: print the growth of its peak memory over T task vectors."""
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def peak() -> int:  # not ru_maxrss, which starts at the parent's
+        return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
     ours(name, task_vectors(2, (128, 128)))  # libraries load lazily
     before = peak()

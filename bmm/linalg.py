@@ -11,8 +11,8 @@ from .errors import MergeError
 def require_finite(name: str, *tensors: Tensor) -> None:
     """Raise `MergeError` where a tensor holds NaN or Inf, naming it and the count."""
     for tensor in tensors:
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
+            bad = int((~torch.isfinite(tensor)).sum())  # counted only now: the extremes need no memory
             raise MergeError(
                 f"{name} holds {bad} non-finite values of {tensor.numel()}",
                 "check the experts and the calibration inputs for NaN or overflow",
@@ -27,7 +27,7 @@ def eigh_psd(matrix: Tensor, name: str = "Gram", dtype: torch.dtype = torch.floa
     """
     require_finite(name, matrix)
     work = matrix.to(dtype)
-    work = (work + work.mT) / 2
+    work = (work + work.mT).div_(2)
     try:
         values, vectors = torch.linalg.eigh(work)
     except torch.linalg.LinAlgError as error:

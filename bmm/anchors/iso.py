@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..linalg import leading_triples, polar, rounding
 from .anchor import Context, weighted_sum
-from .tsv import whiten
+from .tsv import Bundle
 
 
 def iso_c(taus: Tensor, context: Context) -> Tensor:
@@ -39,22 +39,17 @@ def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
 
     total = weighted_sum(taus, context.weights)  # (o, i)
     noise = rounding(total, total.dtype, float(norms.sum()))
-    shared, s, v = leading_triples(total, slots - own * len(taus), noise, context.name)
-    us, ss, vs = [shared], [s], [v]  # (o, c), (c,), (i, c)
+    shared, s, v = leading_triples(total, slots - own * len(taus), noise, context.name)  # (o, c), (c,), (i, c)
+    bundle = Bundle(taus, slots)
+    bundle.add(shared, s, v)
+    del total, v
     for t in range(len(taus) if own else 0):
-        rest = taus[t].double() * context.weights[t].to(shared)  # (o, i)
-        rest -= shared @ (shared.mT @ rest)
+        rest = taus[t].to(torch.float64, copy=True).mul_(context.weights[t])  # (o, i)
+        rest.addmm_(shared, shared.mT @ rest, alpha=-1)
         # what projecting leaves of nothing is rounding, not direction: it is measured against the task vector
         noise = rounding(rest, taus.dtype, float(norms[t]))
-        u, s, v = leading_triples(rest, own, noise, f"{context.name}, task vector {t}")
-        us, ss, vs = [*us, u], [*ss, s], [*vs, v]  # (o, own), (own,), (i, own)
-    scales = torch.cat(ss)
-    if not len(scales):
-        return torch.zeros_like(total)
-    left, right = torch.cat(us, 1), torch.cat(vs, 1)  # (o, m), (i, m)
-    del us, vs
-    left = whiten(left, taus.dtype).mul_(scales.mean())
-    return (left @ whiten(right, taus.dtype).mT).to(taus.dtype)  # (o, i)
+        bundle.add(*leading_triples(rest, own, noise, f"{context.name}, task vector {t}"))
+    return bundle.merged(bundle.scales.mean())
 
 
 def _norms(taus: Tensor, weights: Tensor) -> Tensor:

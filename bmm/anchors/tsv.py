@@ -31,16 +31,38 @@ def tsv(taus: Tensor, context: Context) -> Tensor:
     experts there are.
     """
     rank = max(1, min(taus.shape[1:]) // len(taus))
-    us, ss, vs = [], [], []
+    bundle = Bundle(taus, rank * len(taus))
     for t, (tau, weight) in enumerate(zip(taus, context.weights.tolist(), strict=True)):
         u, s, v = leading_triples(tau, rank, rounding(tau, tau.dtype), f"{context.name}, task vector {t}")
-        us.append(u if weight > 0 else -u)  # (o, r)
-        ss.append(abs(weight) * s)  # (r,)
-        vs.append(v)  # (i, r)
-    scales = torch.cat(ss)  # (T r,)
-    if not len(scales):
-        return torch.zeros_like(taus[0])
-    left = whiten(torch.cat(us, 1), taus.dtype) * scales  # (o, T r)
-    stacked = torch.cat(vs, 1)  # (i, T r)
-    del vs
-    return (left @ whiten(stacked, taus.dtype).mT).to(taus.dtype)  # (o, i)
+        bundle.add(u if weight > 0 else -u, abs(weight) * s, v)
+    return bundle.merged(bundle.scales)
+
+
+class Bundle:
+    """Singular triples of several matrices (o, i) side by side, in memory allotted once for ``most`` of them."""
+
+    def __init__(self, taus: Tensor, most: int) -> None:
+        self._like = taus[0]
+        self._left = taus.new_empty(taus.shape[1], most, dtype=torch.float64)  # (o, most)
+        self._right = taus.new_empty(taus.shape[2], most, dtype=torch.float64)  # (i, most)
+        self._scales = taus.new_empty(most, dtype=torch.float64)
+        self._count = 0
+
+    def add(self, u: Tensor, s: Tensor, v: Tensor) -> None:
+        """Take in u (o, k), s (k,) and v (i, k)."""
+        place = slice(self._count, self._count + len(s))
+        self._left[:, place], self._scales[place], self._right[:, place] = u, s, v
+        self._count = place.stop
+
+    @property
+    def scales(self) -> Tensor:
+        """The singular values, (k,)."""
+        return self._scales[: self._count]
+
+    def merged(self, scales: Tensor) -> Tensor:
+        """``whiten(u) diag(scales) whiten(v)'`` (o, i), ``scales`` (k,) or (), in the task vectors' dtype."""
+        if not self._count:
+            return torch.zeros_like(self._like)
+        dtype = self._like.dtype
+        left = whiten(self._left[:, : self._count], dtype) * scales  # (o, k)
+        return (left @ whiten(self._right[:, : self._count], dtype).mT).to(dtype)  # (o, i)
