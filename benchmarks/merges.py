@@ -29,7 +29,7 @@ METHODS = {  # ours, our knobs; mergekit's, its parameters
     "task_arithmetic": (["scale=0.4"], "task_arithmetic", {"weight": 0.4}),
     "ties": (["density=0.3"], "ties", {"weight": 1.0, "density": 0.3}),
     "dare_ta": (["drop=0.7", "scale=0.4"], "dare_linear", {"weight": 0.4, "density": 0.3}),
-    "dare_ties": (["drop=0.7"], "dare_ties", {"weight": 1.0, "density": 0.3}),
+    "dare_ties": (["drop=0.7", "density=1"], "dare_ties", {"weight": 1.0, "density": 0.3}),
     "slerp": ([], "slerp", {"t": 0.5}),
 }
 

@@ -8,11 +8,16 @@ from torch import Tensor
 from .errors import MergeError
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor Inf; one pass over its extremes, without further memory."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
 def require_finite(name: str, *tensors: Tensor) -> None:
     """Raise `MergeError` where a tensor holds NaN or Inf, naming it and the count."""
     for tensor in tensors:
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
-            bad = int((~torch.isfinite(tensor)).sum())  # counted only now: the extremes need no memory
+        if not all_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise MergeError(
                 f"{name} holds {bad} non-finite values of {tensor.numel()}",
                 "check the experts and the calibration inputs for NaN or overflow",

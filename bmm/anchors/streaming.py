@@ -236,7 +236,7 @@ def merge_stream(
     except (RuntimeError, AssertionError) as error:
         raise MergeError(f"device {device!r} cannot be used", "use cpu, or check that torch sees the device") from error
     tied = shared_storage(base, experts)
-    inputs = Inputs({key: base[key] for key in base if key not in tied} if tied else base, experts, place, progress)
+    inputs = Inputs({key: base[key] for key in base if key not in tied} if tied else base, experts, place, progress, anchor.elementwise)
     job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
     return _run(job, base, tied)
 
@@ -261,16 +261,15 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
         if name in tied:
             merged = shared[tied[name]]
         else:
-            tensors = inputs.read(name)
-            if isinstance(tensors, Tensor):
-                merged = tensors.clone()
+            stored = inputs.stored(name)
+            if stored.is_floating_point():
+                merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=stored.device)
             else:
-                stored, w0, taus = tensors
-                if stored.numel():
-                    d = job.merge(job.context(name, w0, depths[name], state), taus)
-                    w0 = (w0 + d).contiguous()
-                    require_finite(f"{name}, merged by {anchor.name},", w0)
-                merged = _narrow(w0, job.dtype or stored.dtype).to(stored.device)
+                merged = stored.clone(memory_format=torch.contiguous_format)
+            for where, w0, taus in inputs.parts(name, stored):
+                w0 = w0 + job.merge(job.context(name, w0, depths[name], state), taus)
+                require_finite(f"{name}, merged by {anchor.name},", w0)
+                merged.view(-1)[where] = _narrow(w0, merged.dtype).reshape(-1)
             if name in targets:
                 shared[name] = merged
         yield name, merged
