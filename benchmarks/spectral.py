@@ -94,7 +94,9 @@ def compare(name: str, shapes: Mapping[tuple[int, int], int], experts: int, roun
     total = [0.0, 0.0]
     for shape, count in shapes.items():
         taus = task_vectors(experts, shape)
-        pairs = [(seconds(lambda x=taus: ours(name, x)), seconds(lambda x=taus: by_svd(name, x))) for _ in range(rounds)]
+        pairs = [
+            (seconds(lambda x=taus: ours(name, x)), seconds(lambda x=taus: by_svd(name, x))) for _ in range(rounds)
+        ]
         for side in range(2):
             total[side] += count * statistics.median(pair[side] for pair in pairs)
     return total[0], total[1]
@@ -174,7 +176,17 @@ def main() -> None:
                      f"{off32:.0e}", memory]
                 )  # fmt: skip
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    header = ["method", "model", "T", "seconds", "SVD seconds", "times faster", "error", "SVD's error", "peak / T experts"]
+    header = [
+        "method",
+        "model",
+        "T",
+        "seconds",
+        "SVD seconds",
+        "times faster",
+        "error",
+        "SVD's error",
+        "peak / T experts",
+    ]
     print(markdown(header, rows))
     print(f"\n{args.threads} thread(s), medians of {args.rounds} interleaved round(s)")
 

@@ -63,6 +63,7 @@ class Run:
         tasks: `Task` objects in place of the recipe's ``tasks``.
         model: builds the skeleton, in place of the recipe's ``model``.
         progress: see `Progress`.
+        check: read all weights once and refuse NaN and Inf now; without it, whoever reads them must.
 
     Raises:
         RecipeError, CheckpointError: whatever is wrong with the input, before any work.
@@ -76,6 +77,7 @@ class Run:
         model: ModelBuilder | None = None,
         progress: Progress = silent,
         need_tasks: bool = True,
+        check: bool = True,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
@@ -107,7 +109,8 @@ class Run:
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
         self._stored: dict[str, str] = {}  # and back
-        self.pool.check_finite(lambda done, total: progress("check", done, total))
+        if check:
+            self.pool.check_finite(lambda done, total: progress("check", done, total))
 
     @property
     def skeleton(self) -> nn.Module:

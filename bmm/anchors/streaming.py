@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -236,7 +237,13 @@ def merge_stream(
     except (RuntimeError, AssertionError) as error:
         raise MergeError(f"device {device!r} cannot be used", "use cpu, or check that torch sees the device") from error
     tied = shared_storage(base, experts)
-    inputs = Inputs({key: base[key] for key in base if key not in tied} if tied else base, experts, place, progress, anchor.elementwise)
+    inputs = Inputs(
+        {key: base[key] for key in base if key not in tied} if tied else base,
+        experts,
+        place,
+        progress,
+        anchor.elementwise,
+    )
     job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
     return _run(job, base, tied)
 
@@ -250,10 +257,24 @@ _SOURCES = {
 }
 
 
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """One thread for pieces that fit a cache: memory is the limit there, and threads that wait for each other after
+    every operation slow a busy machine down thirtyfold."""
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
     whole = Whole(job.weights, inputs.base, inputs.experts, job.statistics.score)
-    state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
+    with _one_thread(anchor.elementwise):
+        state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
@@ -266,10 +287,11 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
                 merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=stored.device)
             else:
                 merged = stored.clone(memory_format=torch.contiguous_format)
-            for where, w0, taus in inputs.parts(name, stored):
-                w0 = w0 + job.merge(job.context(name, w0, depths[name], state), taus)
-                require_finite(f"{name}, merged by {anchor.name},", w0)
-                merged.view(-1)[where] = _narrow(w0, merged.dtype).reshape(-1)
+            with _one_thread(anchor.elementwise):
+                for where, w0, taus in inputs.parts(name, stored):
+                    w0 = w0 + job.merge(job.context(name, w0, depths[name], state), taus)
+                    require_finite(f"{name}, merged by {anchor.name},", w0)
+                    merged.view(-1)[where] = _narrow(w0, merged.dtype).reshape(-1)
             if name in targets:
                 shared[name] = merged
         yield name, merged

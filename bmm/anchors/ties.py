@@ -132,7 +132,7 @@ def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mea
 
 
 def _sum(taus: Tensor) -> Tensor:
-    """Sum over tasks (*shape), by adding whole tensors: a reduction over the first dimension is several times slower."""
+    """Sum over tasks (*shape), by adding whole tensors: a reduction over the first dimension is slower."""
     total = taus[0].clone()
     for tau in taus[1:]:
         total += tau
