@@ -15,7 +15,16 @@ from pathlib import Path
 PACKAGES = {
     "mergekit": (
         "mergekit==0.1.5", "peft==0.21.0", "accelerate==1.15.0", "datasets==5.2.0", "immutables==0.21",
-        "click==8.2.1", "protobuf==7.36.2", "sentencepiece==0.2.3", "tqdm==4.70.1",
+        "click==8.2.1", "protobuf==7.36.2", "sentencepiece==0.2.3", "tqdm==4.70.1", "pyarrow==26.0.1", "dill==0.4.1",
+        "multiprocess==0.70.19", "xxhash==4.1.0",
+    ),
+    "peft": ("peft==0.21.0", "accelerate==1.15.0"),
+    "fusion_bench": (
+        "fusion-bench==0.2.33", "omegaconf==2.4.0", "hydra-core==1.3.8", "antlr4-python3-runtime==4.9.3",
+        "lightning==2.6.6", "lightning-utilities==0.15.3", "lightning-fabric==2.6.6", "pytorch-lightning==2.6.6",
+        "torchmetrics==1.9.0", "datasets==5.2.0", "peft==0.21.0", "accelerate==1.15.0", "bidict==0.24.1",
+        "joblib==1.6.0", "h5py==3.16.0", "matplotlib==3.11.2", "pyarrow==26.0.1", "dill==0.4.1",
+        "multiprocess==0.70.19", "xxhash==4.1.0",
     ),
 }  # fmt: skip
 

@@ -128,8 +128,8 @@ class Anchor:
     and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead. ``needs`` names
     the statistics the method cannot do without, keys of `NEEDS`. ``elementwise``: every entry is merged by itself (and
     by what the scan found), so that a large tensor is taken in flat pieces. ``scan``, where given, runs once before the
-    first tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
-    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+    first tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or
+    "any" (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
     ``formula``, ``cost`` and ``when`` are for the reader: the formula in words and symbols, what one (o, i) matrix
     costs for T experts, and when to choose the method.
