@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import ModelPool, open_checkpoint
-from .errors import RecipeError, did_you_mean
+from .errors import MergeError, RecipeError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
@@ -22,8 +22,9 @@ from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .run import Run, anchor_needs
+from .run import Run
 from .search.database import StudyDatabase
+from .statistics import anchor_needs
 from .trajectory import average
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
 
@@ -148,7 +149,10 @@ def merge(
 
 def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
     """The anchor method alone, from disk to disk with one module in memory at a time."""
-    run = _open(recipe, tasks, model, progress, need_tasks=bool(anchor_needs(recipe.anchor)))
+    needs_tasks = bool(anchor_needs(recipe.anchor))
+    run = _open(
+        recipe, tasks, model, progress, need_tasks=needs_tasks, check=needs_tasks or recipe.anchor.startswith("path:")
+    )
     total = len(run.pool.names)
     card = merge_card(
         f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),
@@ -160,9 +164,13 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
         return write_model(run, run.anchor(), out, card, overwrite=overwrite)
 
     def counted() -> Any:
-        for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, strict=True)):
-            yield pair
-            progress("merge", done + 1, total, pair[0])
+        try:
+            for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, strict=True)):
+                yield pair
+                progress("merge", done + 1, total, pair[0])
+        except MergeError:
+            run.pool.check_finite()  # NaN and Inf are found while merging: say which checkpoint holds them
+            raise
 
     return write_model(run, counted(), out, card, overwrite=overwrite)
 
@@ -285,13 +293,16 @@ def load_study(path: str | Path) -> StudyResult:
     return load_result(path)
 
 
-def _open(recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True) -> Run:
+def _open(
+    recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True, check: bool = True
+) -> Run:
     return Run(
         recipe,
         tasks=None if isinstance(tasks, str) else tasks,
         model=None if isinstance(model, str) else model,
         progress=progress,
         need_tasks=need_tasks,
+        check=check,
     )
 
 

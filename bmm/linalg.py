@@ -1,4 +1,4 @@
-"""Guarded dense linear algebra: symmetric eigendecomposition and SVD that say what went wrong."""
+"""Guarded dense linear algebra: eigenvectors, singular triples and polar factors that say what went wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from torch import Tensor
 from .errors import MergeError
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor Inf; one pass over its extremes, without further memory."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
 def require_finite(name: str, *tensors: Tensor) -> None:
     """Raise `MergeError` where a tensor holds NaN or Inf, naming it and the count."""
     for tensor in tensors:
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if not all_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise MergeError(
                 f"{name} holds {bad} non-finite values of {tensor.numel()}",
                 "check the experts and the calibration inputs for NaN or overflow",
@@ -27,7 +32,7 @@ def eigh_psd(matrix: Tensor, name: str = "Gram", dtype: torch.dtype = torch.floa
     """
     require_finite(name, matrix)
     work = matrix.to(dtype)
-    work = (work + work.mT) / 2
+    work = (work + work.mT).div_(2)
     try:
         values, vectors = torch.linalg.eigh(work)
     except torch.linalg.LinAlgError as error:
@@ -35,24 +40,67 @@ def eigh_psd(matrix: Tensor, name: str = "Gram", dtype: torch.dtype = torch.floa
     return values.clamp_min(0), vectors
 
 
-def svd(matrix: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD in the input's dtype (float32 at least): u (o, r), s (r,), vh (r, i), r = min(o, i)."""
+def leading_triples(matrix: Tensor, count: int, noise: float, name: str = "matrix") -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` leading singular triples in float64: u (o, k), s (k,) descending, v (i, k), k <= count.
+
+    Singular values up to ``noise`` are rounding: their vectors are arbitrary, differ from one LAPACK to the next, and
+    are left out, so that k may be smaller; see `rounding`.
+    Raises `MergeError` for non-finite input or a failed decomposition. Accuracy: see `_singular`.
+    """
+    short = _short(matrix, name)  # (m, n)
+    s, u = _singular(short, count, noise, name)  # (k,), (m, k)
+    v = short.mT @ (u / s)  # (n, k)
+    return (u, s, v) if matrix.shape[0] <= matrix.shape[1] else (v, s, u)
+
+
+def polar(matrix: Tensor, noise: float, name: str = "matrix") -> tuple[Tensor, Tensor]:
+    """The partial isometry ``u @ v'`` (o, i) over all singular triples above ``noise``, and their s (k,), in float64.
+
+    With full rank this is the nearest matrix with orthonormal columns (o >= i) or rows. Below, that one is not unique:
+    it fills up with arbitrary directions, which are left out here. Errors and accuracy as in `leading_triples`.
+    """
+    short = _short(matrix, name)
+    s, u = _singular(short, len(short), noise, name)
+    isometry = ((u / s) @ u.mT) @ short  # (m, n)
+    return isometry if matrix.shape[0] <= matrix.shape[1] else isometry.mT, s
+
+
+def rounding(matrix: Tensor, dtype: torch.dtype, norm: float | None = None) -> float:
+    """Singular values (o, i) that come of rounding entries to ``dtype``, for terms of Frobenius norm ``norm`` in all.
+
+    Independent errors of ``eps / 2`` an entry make a matrix of spectral norm about ``eps norm / (2 sqrt(min(o, i)))``;
+    sixteen times that leaves room for products that round several times, as in a LoRA. Decomposing in float64 adds
+    1e-12. ``norm`` is by default the matrix's own.
+    """
+    size = float(torch.linalg.vector_norm(matrix)) if norm is None else norm
+    return max(8 * torch.finfo(dtype).eps / min(matrix.shape) ** 0.5, 1e-12) * size
+
+
+def _short(matrix: Tensor, name: str) -> Tensor:
+    """The matrix in float64, laid as (m, n) with m <= n."""
     require_finite(name, matrix)
-    work = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-    try:
-        u, s, vh = torch.linalg.svd(work, full_matrices=False)
-        if torch.isfinite(s).all():
-            return u, s, vh
-    except torch.linalg.LinAlgError:
-        pass
-    try:  # the divide-and-conquer driver rarely fails; float64 on the CPU has always got through
-        u, s, vh = torch.linalg.svd(work.double().cpu(), full_matrices=False)
-    except torch.linalg.LinAlgError as error:
-        raise MergeError(f"{name}: singular value decomposition failed ({error})", "") from error
-    return u.to(work), s.to(work), vh.to(work)
+    return (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (o >= r) or rows (o < r): ``p @ qh`` of the thin SVD."""
-    p, _, qh = svd(matrix)
-    return p @ qh
+RESOLVED = 1e-3
+"""Ratio of singular values down to which one Gram in float64 is trusted."""
+
+
+def _singular(short: Tensor, count: int, noise: float, name: str) -> tuple[Tensor, Tensor]:
+    """Leading singular values (k,) above ``noise``, descending, and left singular vectors (m, k) of ``short`` (m, n).
+
+    From the eigenvectors of the (m, m) Gram, which takes a third of an SVD's time where n = 4 m. Squaring costs
+    accuracy, ``2e-16 (s_1 / s_k)^2`` or 2e-10 at the ratio `RESOLVED`: what lies below is decomposed again within the
+    subspace it spans, where it is the largest, which leaves about 1e-6 at a ratio of 1e-6.
+    """
+    e, u = eigh_psd(short @ short.mT, name)  # (m,), (m, m)
+    s, u = e.sqrt().flip(0), u.flip(1)
+    coarse = int((s > RESOLVED * s[0]).sum())
+    if 0 < coarse < min(count, len(s)):
+        fine = u[:, coarse:].mT @ short  # (m - coarse, n)
+        below, turn = s[:0], u.new_empty(len(fine), 0)
+        if float(torch.linalg.vector_norm(fine)) > noise:
+            below, turn = _singular(fine, count - coarse, noise, name)
+        s, u = torch.cat([s[:coarse], below]), torch.cat([u[:, :coarse], u[:, coarse:] @ turn], 1)
+    k = min(count, int((s > noise).sum()))
+    return s[:k], u[:, :k]

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,19 +29,9 @@ from .records import Score
 from .search.study import objective as mean_score
 from .search.study import shares_of
 from .sequential import MergedInputs
-from .statistics import Fishers, fingerprint_of
+from .statistics import Fishers, anchor_needs, cache_folder, fingerprint_of
 
 T = TypeVar("T")
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    """Where Grams and Fishers are cached: the recipe's, $BMM_CACHE, or ~/.cache/bmm."""
-    return Path(recipe.cache or os.environ.get("BMM_CACHE", "") or Path.home() / ".cache" / "bmm")
-
-
-def anchor_needs(anchor: str) -> frozenset[str]:
-    """The statistics the anchor itself is made of; with any of them it needs tasks."""
-    return frozenset() if anchor.startswith("path:") else anchors.get(anchor).needs
 
 
 class Run:
@@ -54,6 +42,7 @@ class Run:
         tasks: `Task` objects in place of the recipe's ``tasks``.
         model: builds the skeleton, in place of the recipe's ``model``.
         progress: see `Progress`.
+        check: read all weights once and refuse NaN and Inf now; without it, whoever reads them must.
 
     Raises:
         RecipeError, CheckpointError: whatever is wrong with the input, before any work.
@@ -67,6 +56,7 @@ class Run:
         model: ModelBuilder | None = None,
         progress: Progress = silent,
         need_tasks: bool = True,
+        check: bool = True,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
@@ -99,7 +89,8 @@ class Run:
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
         self._stored: dict[str, str] = {}  # and back
-        self.pool.check_finite(lambda done, total: progress("check", done, total))
+        if check:
+            self.pool.check_finite(lambda done, total: progress("check", done, total))
 
     @property
     def skeleton(self) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import anchors
 from .anchors.anchor import named_generator
 from .checkpoint import Checkpoint, fingerprint_tensors
 from .errors import WriteError
@@ -25,6 +27,16 @@ from .recipe import Recipe
 
 FISHER_VERSION = 1
 """Raise whenever the way Fishers are computed changes: older caches are then rebuilt."""
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where Grams and Fishers are cached: the recipe's, $BMM_CACHE, or ~/.cache/bmm."""
+    return Path(recipe.cache or os.environ.get("BMM_CACHE", "") or Path.home() / ".cache" / "bmm")
+
+
+def anchor_needs(anchor: str) -> frozenset[str]:
+    """The statistics the anchor itself is made of; with any of them it needs tasks."""
+    return frozenset() if anchor.startswith("path:") else anchors.get(anchor).needs
 
 
 class Fishers:

@@ -22,7 +22,7 @@ def command(recipe: str | None, as_json: bool, quiet: bool, debug: bool, **value
     """
     from bmm.api import collect_grams
     from bmm.report import markdown
-    from bmm.run import cache_folder
+    from bmm.statistics import cache_folder
 
     chosen = load_recipe(recipe, values)
     with Console(quiet) as console:

@@ -21,7 +21,9 @@ from ..notation import Tensors
 KnobValue = float | int | str
 
 TaskVectors = Iterable[tuple[str, Tensor]]
-"""Every floating tensor that is not empty, as (name, taus (T, *shape)); each new iteration is one more pass."""
+"""Every floating tensor that is not empty, as (name, taus (T, *shape)); each new iteration is one more pass.
+
+To an elementwise method large tensors come in flat pieces (T, n), one after the other under the same name."""
 
 Kernel = Callable[..., Tensor]
 """``kernel(taus (T, *shape), context, **knobs) -> d (*shape)``: pure, and blind to the knobs marked `Knob.linear`."""
@@ -126,9 +128,10 @@ class Anchor:
     ``paper`` is "arXiv id, short title". ``matrices``: the kernel is defined on matrices; it is given taus (T, o, i),
     and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead, or what the
     kernel ``others`` makes of them. ``needs`` names the statistics the method cannot do without, keys of `NEEDS`,
-    ``takes`` those it makes use of where they are given. ``scan``, where given, runs once before the first tensor is
-    merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any" (negative
-    ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+    ``takes`` those it makes use of where they are given. ``elementwise``: every entry is merged by itself (and by what
+    the scan found), so that a large tensor is taken in flat pieces. ``scan``, where given, runs once before the first
+    tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
+    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
     ``wrapped``: the method that this one scales by depth (LiNeS, see `lines`), None for a method of its own.
 
@@ -150,6 +153,7 @@ class Anchor:
     weights: Literal["", "positive", "any"] = ""
     experts: tuple[int, int | None] = (1, None)
     wrapped: Anchor | None = None
+    elementwise: bool = False
     formula: str = ""
     cost: str = ""
     when: str = ""

@@ -1,9 +1,9 @@
 """DARE: drop entries of each task vector at random, rescale the rest, then merge by task arithmetic or TIES.
 
-Every tensor of every expert has its own generator, keyed by the seed, the tensor's name and a hash of the task vector's
-*content*. A draw therefore depends neither on the order in which tensors are visited nor on the order of the experts
-(a key with the expert's index would); two identical experts draw the same mask. Masks are drawn on the CPU, so that all
-devices merge alike.
+Every `PIECE` entries of a tensor of every expert have their own generator, keyed by the seed, the tensor's name and a
+hash of their *content*. A draw therefore depends neither on the order in which tensors are visited nor on the order of
+the experts (a key with the expert's index would), nor on whether the driver hands a large tensor out in pieces; two
+identical experts draw the same mask. Masks are drawn on the CPU, so that all devices merge alike.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .anchor import Context, TaskVectors, Whole, named_generator
+from .inputs import PIECE
 from .task_arithmetic import task_arithmetic
 from .ties import TiesState, scan_ties, ties
 
@@ -26,15 +27,14 @@ def drop_and_rescale(taus: Tensor, name: str, drop: float, seed: int) -> Tensor:
 
     Unbiased: the expectation over seeds is ``taus``. ``drop`` 0 returns the values unchanged.
     """
-    return torch.stack([_sparsify(tau, name, drop, seed) for tau in taus])
-
-
-def _sparsify(tau: Tensor, name: str, drop: float, seed: int) -> Tensor:
-    content = tau.detach().cpu().contiguous()
-    digest = hashlib.blake2b(content.numpy().tobytes(), digest_size=16).hexdigest()
-    draw = torch.rand(tau.shape, generator=named_generator("dare", seed, name, digest))  # (*shape), in [0, 1)
-    keep = (draw >= drop).to(tau.device)
-    return torch.where(keep, tau / (1 - drop), torch.zeros_like(tau))
+    out = torch.empty(taus.shape, dtype=taus.dtype, device=taus.device)  # (T, *shape), contiguous
+    for kept, tau in zip(out.view(len(taus), -1), taus.reshape(len(taus), -1), strict=True):  # (n,), (n,)
+        for part, piece in zip(kept.split(PIECE), tau.split(PIECE), strict=True):
+            content = piece.detach().cpu().contiguous()
+            digest = hashlib.blake2b(content.numpy().data, digest_size=16).hexdigest()
+            draw = torch.rand(len(piece), generator=named_generator("dare", seed, name, digest))  # in [0, 1)
+            torch.mul(piece, draw.ge_(drop).to(piece), out=part).mul_(1 / (1 - drop))
+    return out
 
 
 @dataclass(frozen=True)

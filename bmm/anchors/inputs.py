@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,42 +19,74 @@ Progress = Callable[[str, int, int], None]
 LARGE = 1e12
 """Tensors with entries beyond this are merged in float64: the squares and sums of kernels then stay finite."""
 
+PIECE = 1 << 18
+"""Entries of a tensor that an elementwise method takes at a time: all T experts' then fit a processor's cache."""
+
 
 @dataclass
 class Inputs:
-    """Base and experts, read one tensor at a time; iterating is one scan over the floating tensors."""
+    """Base and experts, read one tensor at a time; iterating is one scan over the floating tensors.
+
+    ``pieces``: large tensors are widened and handed out in flat pieces of `PIECE` entries.
+    """
 
     base: Tensors
     experts: Sequence[Tensors]
     device: torch.device
     progress: Progress | None
+    pieces: bool = False
     scans: int = 0
 
-    def read(self, name: str) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """(stored, w0, taus) of a floating tensor, or the base's tensor alone where it holds integers.
+    def stored(self, name: str) -> Tensor:
+        """The base's tensor as it is; `MergeError` for complex numbers."""
+        base = self.base[name].detach()
+        if base.is_complex():
+            raise MergeError(f"{name} is {_describe(base)}", "merge real tensors only")
+        return base
 
-        ``stored`` is the base's tensor as it is; ``w0`` (*shape) and ``taus`` (T, *shape) are float32, or float64 where
-        an input is float64 or holds entries beyond `LARGE`.
+    def parts(self, name: str, base: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(where, w0, taus) of the tensor that is ``base`` in the base: of a large one, if in pieces, by flat pieces
+        w0 (n,) and taus (T, n); of others once, as w0 (*shape) and taus (T, *shape).
+
+        They are float32, or float64 where an input is float64 or holds entries beyond `LARGE`. Tensors without floating
+        entries are compared in shape and kind, and have no parts.
         """
-        stored = self.base[name].detach()
-        if stored.is_complex():
-            raise MergeError(f"{name} is {_describe(stored)}", "merge real tensors only")
-        if not stored.is_floating_point():
-            for t, expert in enumerate(self.experts):
-                _require_like(name, stored, expert[name], t)
-            return stored
-        w0 = _widen(stored.to(self.device))
-        require_finite(f"{name} of the base", w0)
-        taus = w0.new_empty(len(self.experts), *w0.shape)  # (T, *shape)
+        size = base.numel()
+        if not base.is_floating_point() or not size:
+            for _ in self._of_experts(name, base):
+                pass
+        elif not self.pieces or size <= PIECE:
+            yield slice(0, size), *self._widened(name, base, self._of_experts(name, base))
+        else:
+            flat, experts = base.reshape(-1), [raw.reshape(-1) for raw in self._of_experts(name, base)]
+            for start in range(0, size, PIECE):
+                where = slice(start, min(start + PIECE, size))
+                yield where, *self._widened(name, flat[where], (raw[where] for raw in experts))
+
+    def read(self, name: str) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """(stored, w0 (*shape), taus (T, *shape)) of a whole tensor, or the base's alone where there is no entry to
+        merge; see `parts`."""
+        stored = self.stored(name)
+        for _, w0, taus in replace(self, pieces=False).parts(name, stored):
+            return stored, w0, taus
+        return stored
+
+    def _of_experts(self, name: str, base: Tensor) -> Iterator[Tensor]:
         for t, expert in enumerate(self.experts):
             raw = expert[name].detach()
-            _require_like(name, stored, raw, t)
-            wt = _widen(raw.to(self.device))
-            require_finite(f"{name} of experts[{t}]", wt)
+            _require_like(name, base, raw, t)
+            yield raw
+
+    def _widened(self, name: str, base: Tensor, experts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """w0 (*shape) and taus (T, *shape) on the device, checked for NaN and Inf."""
+        w0 = _widen(base.to(self.device), f"{name} of the base")
+        taus = w0.new_empty(len(self.experts), *w0.shape)  # (T, *shape)
+        for t, raw in enumerate(experts):
+            wt = _widen(raw.to(self.device), f"{name} of experts[{t}]")
             if wt.dtype != taus.dtype:
                 w0, wt, taus = w0.double(), wt.double(), taus.double()
-            taus[t] = wt - w0
-        return stored, w0, taus
+            torch.sub(wt, w0, out=taus[t])
+        return w0, taus
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, _, taus in self.walk():
@@ -64,19 +97,21 @@ class Inputs:
         self.scans += 1
         phase = f"scan {self.scans}"
         for done, name in enumerate(self.base, 1):
-            tensors = self.read(name)
-            if not isinstance(tensors, Tensor) and tensors[0].numel():
-                yield name, tensors[1], tensors[2]
+            for _, w0, taus in self.parts(name, self.stored(name)):
+                yield name, w0, taus
             if self.progress:
                 self.progress(phase, done, len(self.base))
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype its arithmetic is done in."""
+def _widen(tensor: Tensor, label: str) -> Tensor:
+    """The tensor in the dtype its arithmetic is done in; `MergeError` naming ``label`` where it holds NaN or Inf."""
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    if wide.numel() and wide.dtype != torch.float64 and bool(wide.abs().amax() > LARGE):
-        return wide.double()
-    return wide
+    if not wide.numel():
+        return wide
+    extreme = max(abs(float(x)) for x in torch.aminmax(wide))
+    if not extreme < math.inf:
+        require_finite(label, wide)
+    return wide.double() if extreme > LARGE else wide
 
 
 def _describe(tensor: Tensor) -> str:

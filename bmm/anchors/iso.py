@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import svd
-from .anchor import Context, scaled
-from .tsv import evidence, whiten
+from ..linalg import leading_triples, polar, rounding
+from .anchor import Context, weighted_sum
+from .tsv import Bundle
 
 
 def iso_c(taus: Tensor, context: Context) -> Tensor:
@@ -16,12 +16,12 @@ def iso_c(taus: Tensor, context: Context) -> Tensor:
     A sum of full rank is treated as published. In a sum of lower rank (LoRA experts) the remaining singular vectors are
     arbitrary: they are left out, of ``d`` and of the mean, which keeps the nuclear norm of the sum.
     """
-    taus = scaled(taus, context.weights)
-    u, s, vh = svd(taus.sum(0), context.name)  # (o, r), (r,), (r, i)
-    keep = evidence(s, taus.shape[1:], _norms(taus).sum())
-    if not keep.any():
-        return torch.zeros_like(taus[0])
-    return s[keep].mean() * (u[:, keep] @ vh[keep])  # (o, i)
+    total = weighted_sum(taus, context.weights)  # (o, i)
+    noise = rounding(total, total.dtype, float(_norms(taus, context.weights).sum()))
+    isometry, s = polar(total, noise, context.name)  # (o, i), (r,)
+    if not len(s):
+        return torch.zeros_like(total)
+    return isometry.mul_(s.mean()).to(taus.dtype)
 
 
 def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
@@ -33,29 +33,25 @@ def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
     one scale, the mean of the collected singular values. Directions of zero singular value are left out, as in `iso_c`.
     With no slots for the tasks, and with one expert, this is `iso_c`.
     """
-    taus = scaled(taus, context.weights)
     slots = min(taus.shape[1:])
     own = min(round((1 - common_share) * slots / len(taus)), slots // len(taus))
-    common = slots - own * len(taus)
-    norms = _norms(taus)  # (T,)
+    norms = _norms(taus, context.weights)  # (T,)
 
-    u, s, vh = svd(taus.sum(0), context.name)
-    keep = evidence(s, taus.shape[1:], norms.sum())[:common]
-    shared = u[:, :common][:, keep]  # (o, c)
-    us, ss, vs = [shared], [s[:common][keep]], [vh[:common][keep].mT]
-    for t, tau in enumerate(taus if own else ()):
-        rest = tau - shared @ (shared.mT @ tau)  # (o, i)
-        u, s, vh = svd(rest, f"{context.name}, task vector {t}")
-        keep = evidence(s, tau.shape, norms[t])[:own]  # what projecting leaves of nothing is rounding, not direction
-        us.append(u[:, :own][:, keep])  # (o, own)
-        ss.append(s[:own][keep])  # (own,)
-        vs.append(vh[:own][keep].mT)  # (i, own)
-    scales = torch.cat(ss)
-    if not len(scales):
-        return torch.zeros_like(taus[0])
-    return scales.mean() * (whiten(torch.cat(us, 1)) @ whiten(torch.cat(vs, 1)).mT)  # (o, i)
+    total = weighted_sum(taus, context.weights)  # (o, i)
+    noise = rounding(total, total.dtype, float(norms.sum()))
+    shared, s, v = leading_triples(total, slots - own * len(taus), noise, context.name)  # (o, c), (c,), (i, c)
+    bundle = Bundle(taus, slots)
+    bundle.add(shared, s, v)
+    del total, v
+    for t in range(len(taus) if own else 0):
+        rest = taus[t].to(torch.float64, copy=True).mul_(context.weights[t])  # (o, i)
+        rest.addmm_(shared, shared.mT @ rest, alpha=-1)
+        # what projecting leaves of nothing is rounding, not direction: it is measured against the task vector
+        noise = rounding(rest, taus.dtype, float(norms[t]))
+        bundle.add(*leading_triples(rest, own, noise, f"{context.name}, task vector {t}"))
+    return bundle.merged(bundle.scales.mean())
 
 
-def _norms(taus: Tensor) -> Tensor:
-    """Frobenius norm of each task vector, (T,): the size against which rounding errors are measured."""
-    return torch.linalg.vector_norm(taus.flatten(1), dim=1)
+def _norms(taus: Tensor, weights: Tensor) -> Tensor:
+    """Frobenius norm of each weighted task vector, (T,): the size against which rounding errors are measured."""
+    return torch.linalg.vector_norm(taus.flatten(1), dim=1) * weights.abs().to(taus)

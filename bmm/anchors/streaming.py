@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -242,7 +243,13 @@ def merge_stream(
     except (RuntimeError, AssertionError) as error:
         raise MergeError(f"device {device!r} cannot be used", "use cpu, or check that torch sees the device") from error
     tied = shared_storage(base, experts)
-    inputs = Inputs({key: base[key] for key in base if key not in tied} if tied else base, experts, place, progress)
+    inputs = Inputs(
+        {key: base[key] for key in base if key not in tied} if tied else base,
+        experts,
+        place,
+        progress,
+        anchor.elementwise,
+    )
     job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
     return _run(job, base, tied)
 
@@ -256,11 +263,25 @@ _SOURCES = {
 }
 
 
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """One thread for pieces that fit a cache: memory is the limit there, and threads that wait for each other after
+    every operation slow a busy machine down thirtyfold."""
+    threads = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
     score = _with_ties(job.statistics.score, tied)
     whole = Whole(job.weights, inputs.base, inputs.experts, score, job.statistics.fisher)
-    state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
+    with _one_thread(anchor.elementwise):
+        state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
     factor = _depth_factor(job, depths, state)
     shared: dict[str, Tensor] = {}
@@ -269,16 +290,17 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
         if name in tied:
             merged = shared[tied[name]]
         else:
-            tensors = inputs.read(name)
-            if isinstance(tensors, Tensor):
-                merged = tensors.clone()
+            stored = inputs.stored(name)
+            if stored.is_floating_point():
+                merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=stored.device)
             else:
-                stored, w0, taus = tensors
-                if stored.numel():
-                    d = job.scale * factor(name) * job.merge(job.context(name, w0, depths[name], state), taus)
-                    w0 = (w0 + d).contiguous()
+                merged = stored.clone(memory_format=torch.contiguous_format)
+            strength = job.scale * factor(name)
+            with _one_thread(anchor.elementwise):
+                for where, w0, taus in inputs.parts(name, stored):
+                    w0 = w0 + strength * job.merge(job.context(name, w0, depths[name], state), taus)
                     require_finite(f"{name}, merged by {anchor.name},", w0)
-                merged = narrow(w0, job.dtype or stored.dtype).to(stored.device)
+                    merged.view(-1)[where] = narrow(w0, merged.dtype).reshape(-1)
             if name in targets:
                 shared[name] = merged
         yield name, merged

@@ -14,12 +14,14 @@ finds the majority. Selecting exactly in a single pass would need memory for k e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from ..errors import MergeError
 from .anchor import Context, TaskVectors, Whole, scaled
@@ -45,8 +47,7 @@ def scan_ties(stream: TaskVectors, knobs: Mapping[str, Any], whole: Whole) -> Ti
     cuts = global_cuts(stream, knobs["density"]) if knobs["density"] < 1 else None
     balance = 0
     for _, taus in stream:
-        elected = elect(scaled(trim(taus, cuts) if cuts else taus, whole.weights))
-        balance += int(elected.sum(dtype=torch.int64))
+        balance += int(elect(scaled(trim(taus, cuts) if cuts else taus, whole.weights)).sum())
     return TiesState(cuts or (), (balance > 0) - (balance < 0))
 
 
@@ -70,8 +71,8 @@ def global_cuts(stream: TaskVectors, density: float) -> tuple[float, ...]:
     low = torch.zeros(len(bins), LOW_BINS, dtype=torch.int64)
     for _, taus in stream:
         for t, pattern in enumerate(_patterns(taus)):
-            inside = pattern[(pattern >> LOW_BITS) == bins[t]]
-            low[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS).cpu()
+            digit = (pattern - (bins[t] << LOW_BITS)).clamp_(-1, LOW_BINS).add_(1)  # those of other bins at the ends
+            low[t] += torch.bincount(digit, minlength=LOW_BINS + 2)[1:-1].cpu()
     digits = [_kth_bin(counts, rank)[0] for counts, rank in zip(low, ranks, strict=True)]
     cuts = torch.tensor([(b << LOW_BITS) | d for b, d in zip(bins, digits, strict=True)], dtype=torch.int32)
     return tuple(cuts.view(torch.float32).tolist())
@@ -92,16 +93,22 @@ def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:
 
 def trim(taus: Tensor, cuts: tuple[float, ...]) -> Tensor:
     """Zero what is smaller than its task's cut. Entries equal to the cut all stay: no order decides between them."""
+    if taus.dtype == torch.float32:  # one fused pass: hardshrink zeroes what is at most its bound
+        below = torch.nextafter(torch.tensor(cuts), torch.tensor(-math.inf)).tolist()
+        return torch.stack([hardshrink(tau, bound) for tau, bound in zip(taus, below, strict=True)])
     limits = torch.tensor(cuts, device=taus.device).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
-    return torch.where(taus.abs().to(torch.float32) >= limits, taus, torch.zeros_like(taus))
+    return taus * (taus.abs().to(torch.float32) >= limits)
 
 
 def elect(taus: Tensor) -> Tensor:
-    """Sign of the sum over tasks, (*shape), 0 where they cancel.
+    """Sign of the sum over tasks, (*shape) in float64, 0 where they cancel.
 
     Summed in float64, where float32 entries add exactly: near-cancellations do not depend on the order of experts.
     """
-    return taus.sum(0, dtype=torch.float64).sign().to(torch.int8)
+    total = taus[0].to(torch.float64, copy=True)  # (*shape)
+    for tau in taus[1:]:
+        total += tau
+    return total.sign_()
 
 
 def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mean", "sum"]) -> Tensor:
@@ -115,11 +122,18 @@ def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mea
     state: TiesState = context.state
     kept = scaled(trim(taus, state.cuts) if density < 1 else taus, context.weights)  # (T, *shape)
     elected = elect(kept)  # (*shape)
-    elected = torch.where(elected == 0, elected.new_full((), state.majority), elected)
-    agree = (kept.sign() == elected) & (kept != 0)  # (T, *shape)
-    total = torch.where(agree, kept, torch.zeros_like(kept)).sum(0, dtype=torch.float64)  # (*shape)
+    elected = elected.add_(0.5 * state.majority).sign_().to(taus.dtype)  # only a 0 is turned
+    along = (kept * elected).clamp_(min=0)  # (T, *shape), the sizes of the entries that agree
+    total = _sum(along)  # (*shape); of one sign, so that no digit cancels
     if reduce == "mean":
-        sizes = context.weights.abs().to(total).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
-        count = (agree * sizes).sum(0)  # (*shape)
-        total = total / count.where(count > 0, torch.ones_like(count))
-    return total.to(taus.dtype)
+        count = _sum(scaled(along.sign_(), context.weights.abs()))  # (*shape)
+        total /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # where nothing agrees the total is 0
+    return total.mul_(elected)
+
+
+def _sum(taus: Tensor) -> Tensor:
+    """Sum over tasks (*shape), by adding whole tensors: a reduction over the first dimension is slower."""
+    total = taus[0].clone()
+    for tau in taus[1:]:
+        total += tau
+    return total

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean
+from ..linalg import all_finite
 from .agreement import TiedView, align, info_of, require_tensors, ties_of
 from .formats import TensorInfo, fingerprint_tensors
 from .reader import Checkpoint, open_checkpoint
@@ -137,7 +138,7 @@ class ModelPool:
         for what, source in zip(labels, (self.base, *self.experts), strict=True):
             for name in self.float_names:
                 tensor = source[name]
-                if not torch.isfinite(tensor).all():
+                if not all_finite(tensor):
                     nans = int(torch.isnan(tensor).sum())
                     infs = int(torch.isinf(tensor).sum())
                     raise CheckpointError(

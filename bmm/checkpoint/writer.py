@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WriteError
+from ..linalg import all_finite
 from .atomic import atomic_folder, destination, sync, writing
 from .formats import SUPPORTED, as_bytes, reason, some
 from .reader import Checkpoint
@@ -196,8 +197,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if dtype != source.dtype and not torch.equal(cast.to(source.dtype), source):
             raise WriteError(f"tensor {name!r} holds integers that {dtype} cannot hold", f"store it as {source.dtype}")
         return cast
-    if not torch.isfinite(cast).all():
-        if torch.isfinite(source).all():
+    if not all_finite(cast):
+        if all_finite(source):
             raise WriteError(
                 f"tensor {name!r} reaches {float(source.abs().max()):.4g}, more than {dtype} can hold",
                 "write it as bfloat16 or float32",

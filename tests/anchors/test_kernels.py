@@ -231,10 +231,10 @@ def test_tsv_matches_its_formula(shape):
 
 def test_whitening_gives_orthonormal_columns_or_rows():
     tall, wide = random_taus((9, 4)), random_taus((4, 9))
-    assert_close(whiten(tall).mT @ whiten(tall), np.eye(4))
-    assert_close(whiten(wide) @ whiten(wide).mT, np.eye(4))
+    assert_close(whiten(tall, tall.dtype).mT @ whiten(tall, tall.dtype), np.eye(4))
+    assert_close(whiten(wide, wide.dtype) @ whiten(wide, wide.dtype).mT, np.eye(4))
     twice = torch.cat([tall[:, :1], tall[:, :1]], 1)  # dependent: one direction shared by two columns
-    assert_close(whiten(twice), torch.cat([tall[:, :1]] * 2, 1) / (2**0.5 * tall[:, :1].norm()))
+    assert_close(whiten(twice, twice.dtype), torch.cat([tall[:, :1]] * 2, 1) / (2**0.5 * tall[:, :1].norm()))
 
 
 @pytest.mark.parametrize("kernel", [tsv, iso_c, lambda taus, context: iso_cts(taus, context, common_share=0.5)])

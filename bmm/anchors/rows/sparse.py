@@ -25,6 +25,7 @@ ROWS = (
         ties,
         scan=scan_ties,
         weights="any",
+        elementwise=True,
         formula=(
             "keep the largest `density` of each task vector over the whole model; elect the sign of their sum per"
             " coordinate; mean (or sum) of the entries with that sign"
@@ -40,6 +41,7 @@ ROWS = (
         (DROP, SEED, scale(0.3)),
         dare_ta,
         weights="any",
+        elementwise=True,
         formula="zero each entry of tau_t with probability `drop`, divide the rest by 1 - drop, sum",
         cost="o i T",
         when="Language models with small, redundant updates; less for strongly fine-tuned experts.",
@@ -53,6 +55,7 @@ ROWS = (
         dare_ties,
         scan=scan_dare_ties,
         weights="any",
+        elementwise=True,
         formula="zero each entry of tau_t with probability `drop`, divide the rest by 1 - drop, then TIES",
         cost="o i T, in four passes over the experts' files",
         when="As DARE, where signs disagree.",
