@@ -69,7 +69,10 @@ def write_family(folder: Path) -> None:
     for t in range(EXPERTS + 1):
         place = folder / ("base" if t == 0 else f"e{t}")
         place.mkdir(parents=True)
-        step = {n: 0.01 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        own = {n: 0.008 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        if t == 0:
+            shared = {n: 0.006 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        step = {n: w + shared[n] for n, w in own.items()}  # changes with a positive cosine, as fine-tuning's have
         model = base if t == 0 else {n: w + step[n] for n, w in base.items()}
         save_file(model, place / "model.safetensors", metadata={"format": "pt"})
         (place / "config.json").write_text(json.dumps(config))

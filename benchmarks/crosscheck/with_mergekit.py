@@ -51,7 +51,9 @@ def peer(folder: Path, row: Row) -> Model:
     elif name not in ("linear", "karcher"):
         config["base_model"] = str(folder / "base")
     out = folder / "mergekit"
-    run_merge(MergeConfiguration.model_validate(json.loads(json.dumps(config))), str(out), MergeOptions(copy_tokenizer=False))
+    run_merge(
+        MergeConfiguration.model_validate(json.loads(json.dumps(config))), str(out), MergeOptions(copy_tokenizer=False)
+    )
     return load_file(out / "model.safetensors")
 
 
