@@ -121,7 +121,7 @@ def difference(row: Row, number: int, folder: Path) -> list[str]:
         raise SystemExit(f"{row.theirs}: other tensors than ours: {sorted(set(mine) ^ set(peers))}")
     gap = max(float((mine[n].double() - peers[n].double()).abs().max()) for n in mine)
     size = max(float((mine[n].double() - base[n].double()).abs().max()) for n in mine)
-    how = f"{named}{', tensor by tensor' if row.alone else ''}{f', {row.experts} experts' if row.experts != EXPERTS else ''}"
+    how = named + ", tensor by tensor" * row.alone + f", {row.experts} experts" * (row.experts != EXPERTS)
     return [how, row.theirs, f"{gap:.1e}", f"{gap / size:.1e}", row.differs]
 
 
