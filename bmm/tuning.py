@@ -185,6 +185,7 @@ def write_model(
         max_shard_bytes=int(recipe.shard_gib * 2**30),
         extra_files={"README.md": card, "bmm_recipe.yaml": recipe_yaml or recipe.to_yaml() or "{}\n"},
         overwrite=overwrite,
+        owned=not isinstance(tensors, dict),  # a stream gives each of its tensors away
     )
 
 

@@ -69,7 +69,10 @@ def write_family(folder: Path) -> None:
     for t in range(EXPERTS + 1):
         place = folder / ("base" if t == 0 else f"e{t}")
         place.mkdir(parents=True)
-        step = {n: 0.01 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        own = {n: 0.008 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        if t == 0:
+            shared = {n: 0.006 * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+        step = {n: w + shared[n] for n, w in own.items()}  # changes with a positive cosine, as fine-tuning's have
         model = base if t == 0 else {n: w + step[n] for n, w in base.items()}
         save_file(model, place / "model.safetensors", metadata={"format": "pt"})
         (place / "config.json").write_text(json.dumps(config))
@@ -118,9 +121,8 @@ def difference(row: Row, number: int, folder: Path) -> list[str]:
         raise SystemExit(f"{row.theirs}: other tensors than ours: {sorted(set(mine) ^ set(peers))}")
     gap = max(float((mine[n].double() - peers[n].double()).abs().max()) for n in mine)
     size = max(float((mine[n].double() - base[n].double()).abs().max()) for n in mine)
-    alone = ", tensor by tensor" if row.alone else ""
-    count = f", {row.experts} experts" if row.experts != EXPERTS else ""
-    return [named + alone + count, row.theirs, f"{gap:.1e}", f"{gap / size:.1e}", row.differs]
+    how = named + ", tensor by tensor" * row.alone + f", {row.experts} experts" * (row.experts != EXPERTS)
+    return [how, row.theirs, f"{gap:.1e}", f"{gap / size:.1e}", row.differs]
 
 
 def main(package: str, version: str, script: str, rows: Sequence[Row], peer: Callable[[Path, Row], Model]) -> None:

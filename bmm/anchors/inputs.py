@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
+from ..checkpoint.agreement import on_disk
 from ..errors import MergeError
 from ..linalg import require_finite
 from ..notation import Tensors
@@ -38,8 +40,14 @@ class Inputs:
     scans: int = 0
 
     def stored(self, name: str) -> Tensor:
-        """The base's tensor as it is; `MergeError` for complex numbers."""
-        base = self.base[name].detach()
+        """The base's tensor as it is; `MergeError` for complex numbers.
+
+        A large one that will be read from disk in pieces is not read here: a tensor on the meta device stands for it.
+        """
+        found = on_disk(self.base, name) if self.pieces else None
+        base = _outline(*found) if found else self.base[name].detach()
+        if found and not (base.is_floating_point() and base.numel() > PIECE):
+            base = self.base[name].detach()
         if base.is_complex():
             raise MergeError(f"{name} is {_describe(base)}", "merge real tensors only")
         return base
@@ -58,10 +66,21 @@ class Inputs:
         elif not self.pieces or size <= PIECE:
             yield slice(0, size), *self._widened(name, base, self._of_experts(name, base))
         else:
-            flat, experts = base.reshape(-1), [raw.reshape(-1) for raw in self._of_experts(name, base)]
+            before = self._pieces_of(self.base, name, base) if base.is_meta else base.reshape(-1).__getitem__
+            after = [self._pieces_of(expert, name, base, t) for t, expert in enumerate(self.experts)]
             for start in range(0, size, PIECE):
                 where = slice(start, min(start + PIECE, size))
-                yield where, *self._widened(name, flat[where], (raw[where] for raw in experts))
+                yield where, *self._widened(name, before(where), (piece(where) for piece in after))
+
+    def _pieces_of(self, model: Tensors, name: str, base: Tensor, t: int = 0) -> Callable[[slice], Tensor]:
+        """What gives the entries of a flattened tensor that a slice asks for; from disk, reads no others."""
+        if found := on_disk(model, name):
+            checkpoint, stored = found
+            _require_like(name, base, _outline(checkpoint, stored), t)
+            return lambda where: checkpoint.piece(stored, where.start, where.stop)
+        raw = model[name].detach()
+        _require_like(name, base, raw, t)
+        return raw.reshape(-1).__getitem__
 
     def read(self, name: str) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         """(stored, w0 (*shape), taus (T, *shape)) of a whole tensor, or the base's alone where there is no entry to
@@ -101,6 +120,12 @@ class Inputs:
                 yield name, w0, taus
             if self.progress:
                 self.progress(phase, done, len(self.base))
+
+
+def _outline(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Shape and dtype of a tensor on disk."""
+    info = checkpoint.info(name)
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _widen(tensor: Tensor, label: str) -> Tensor:

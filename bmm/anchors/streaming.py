@@ -292,7 +292,8 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
         else:
             stored = inputs.stored(name)
             if stored.is_floating_point():
-                merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=stored.device)
+                place = "cpu" if stored.is_meta else stored.device
+                merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=place)
             else:
                 merged = stored.clone(memory_format=torch.contiguous_format)
             strength = job.scale * factor(name)

@@ -31,6 +31,13 @@ class TiedView(Mapping[str, Tensor]):
         return len(self.stored_as)
 
 
+def on_disk(source: Mapping[str, Tensor], name: str) -> tuple[Checkpoint, str] | None:
+    """The checkpoint that holds a tensor and the name it has there; None where it is in memory."""
+    if isinstance(source, TiedView):
+        return on_disk(source.source, source.stored_as[name])
+    return (source, name) if isinstance(source, Checkpoint) else None
+
+
 def info_of(source: Mapping[str, Tensor], name: str) -> TensorInfo:
     """Shape and dtype of one tensor, without reading it where the source is on disk."""
     if isinstance(source, Checkpoint):

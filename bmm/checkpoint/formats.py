@@ -75,6 +75,10 @@ class TensorFile(Protocol):
         """A fresh contiguous CPU tensor that the caller owns; `CheckpointError` where the file has changed."""
         ...
 
+    def read_piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), else as `read`."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileStamp:

@@ -34,6 +34,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._holder(name).read(name)
 
+    def piece(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), reading no others."""
+        return self._holder(name).read_piece(name, start, stop)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

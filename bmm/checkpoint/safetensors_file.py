@@ -50,12 +50,19 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         info = self.infos[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        return self._fill(name, torch.empty(info.shape, dtype=info.dtype), 0)
+
+    def read_piece(self, name: str, start: int, stop: int) -> Tensor:
+        tensor = torch.empty(stop - start, dtype=self.infos[name].dtype)
+        return self._fill(name, tensor, start * tensor.itemsize)
+
+    def _fill(self, name: str, tensor: Tensor, offset: int) -> Tensor:
+        """Read the bytes of ``name`` from ``offset`` on into ``tensor``, all of it."""
         memory, position = as_bytes(tensor), 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 self._stamp.check(self.path, file.fileno())
-                file.seek(self._starts[name])
+                file.seek(self._starts[name] + offset)
                 while position < len(memory):  # one call reads 2 GiB at most
                     count = file.readinto(memory[position:])
                     if not count:

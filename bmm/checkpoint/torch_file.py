@@ -42,6 +42,10 @@ class TorchFile:
         self._stamp.check(self.path)  # a mapped file that shrinks would end the process, not raise
         return self._tensors[name].clone(memory_format=torch.contiguous_format)
 
+    def read_piece(self, name: str, start: int, stop: int) -> Tensor:
+        self._stamp.check(self.path)
+        return self._tensors[name].reshape(-1)[start:stop].clone()
+
     def _check_archive(self) -> None:
         try:
             with open(self.path, "rb") as file:

@@ -34,6 +34,7 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
+    owned: bool = False,
 ) -> Path:
     """Write tensors as a Hugging Face folder and return its path.
 
@@ -50,6 +51,7 @@ def write_checkpoint(
         max_shard_bytes: one ``model.safetensors`` up to this size, else numbered shards and an index.
         extra_files: further files (a model card, a recipe) by name; they replace side files of the same name.
         overwrite: replace an existing folder of model files, at the end, when the new one is complete.
+        owned: nobody else uses the tensors: those that need no other dtype are held as they come, without a copy.
 
     Raises `WriteError`, and leaves nothing behind, where the folder is taken or cannot be written, a value does not fit
     its dtype (float16 ends at 65504), is NaN or Inf, or names are missing or given twice. Errors of the ``tensors``
@@ -67,7 +69,7 @@ def write_checkpoint(
         shards = _Shards(temporary, target, max_shard_bytes)
         for name, tensor in _named(tensors):
             _check_shape(name, tensor, like)
-            cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes))
+            cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes), copy=not owned)
             shards.add(name, cast, ties.get(name, ()), _stored_names(name, ties.get(name, ()), like))
         missing = [name for name in like.names if name not in shards] if like is not None else []
         if missing:
@@ -185,14 +187,14 @@ def _dtype(
     return like.info(name).dtype if like is not None and name in like else tensor.dtype
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous CPU copy in ``dtype`` that nobody else holds; `WriteError` where values would be lost."""
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype, copy: bool = True) -> Tensor:
+    """The tensor in ``dtype``, contiguous, on the CPU, a ``copy`` if asked; `WriteError` where values would be lost."""
     if dtype not in SUPPORTED.values() or tensor.layout != torch.strided:
         raise WriteError(f"tensor {name!r} cannot be stored as {dtype} ({tensor.layout})", "use dense float or integer")
     if tensor.is_floating_point() != dtype.is_floating_point:
         raise WriteError(f"tensor {name!r} is {tensor.dtype} and cannot become {dtype}", "keep buffers as they are")
     source = tensor.detach().cpu()
-    cast = source.to(dtype, copy=True).contiguous()
+    cast = source.to(dtype, copy=copy).contiguous()
     if not dtype.is_floating_point:
         if dtype != source.dtype and not torch.equal(cast.to(source.dtype), source):
             raise WriteError(f"tensor {name!r} holds integers that {dtype} cannot hold", f"store it as {source.dtype}")
