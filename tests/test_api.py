@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bmm
 from bmm.errors import CheckpointError, RecipeError, StudyError, WriteError
@@ -195,3 +196,17 @@ def test_a_plain_merge_needs_no_tasks(family):
     assert set(merged) == set(load_file(family.base / "model.safetensors"))
     with pytest.raises(RecipeError, match="no tasks"):
         bmm.merge(base=str(family.base), experts=family.experts, anchor="ties", lam=1.0)
+
+
+@pytest.mark.parametrize("anchor", ["task_arithmetic", "ties", "tsv"])
+def test_a_plain_merge_names_the_checkpoint_with_bad_numbers_and_leaves_nothing(anchor, family, tmp_path):
+    """Weights are checked as they are merged, not in a pass before; message and outcome are the same."""
+    broken = load_file(Path(family.experts[TASKS[1]]) / "model.safetensors")
+    name = sorted(n for n, w in broken.items() if w.is_floating_point())[-1]
+    broken[name].view(-1)[0] = float("nan")
+    (tmp_path / "broken").mkdir()
+    save_file(broken, tmp_path / "broken" / "model.safetensors")
+    experts = family.experts | {TASKS[1]: str(tmp_path / "broken")}
+    with pytest.raises(CheckpointError, match=rf"expert '{TASKS[1]}' .*'{re.escape(name)}' holds 1 NaN"):
+        bmm.merge(base=str(family.base), experts=experts, anchor=anchor, out=tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 LARGE = 1e12
 """Tensors with entries beyond this are merged in float64: the squares and sums of kernels then stay finite."""
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Entries of a tensor that an elementwise method takes at a time: all T experts' then fit a processor's cache."""
 
 
