@@ -53,15 +53,19 @@ def leading_triples(matrix: Tensor, count: int, noise: float, name: str = "matri
     return (u, s, v) if matrix.shape[0] <= matrix.shape[1] else (v, s, u)
 
 
-def polar(matrix: Tensor, noise: float, name: str = "matrix") -> tuple[Tensor, Tensor]:
+def polar(matrix: Tensor, noise: float, name: str = "matrix", overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """The partial isometry ``u @ v'`` (o, i) over all singular triples above ``noise``, and their s (k,), in float64.
 
     With full rank this is the nearest matrix with orthonormal columns (o >= i) or rows. Below, that one is not unique:
-    it fills up with arbitrary directions, which are left out here. Errors and accuracy as in `leading_triples`.
+    it fills up with arbitrary directions, which are left out here. ``overwrite`` puts the result where the matrix was,
+    if that is in float64. Errors and accuracy as in `leading_triples`.
     """
     short = _short(matrix, name)
     s, u = _singular(short, len(short), noise, name)
-    isometry = ((u / s) @ u.mT) @ short  # (m, n)
+    turn = (u / s) @ u.mT  # (m, m)
+    isometry = short if overwrite or short.data_ptr() != matrix.data_ptr() else torch.empty_like(short)  # (m, n)
+    for result, part in zip(isometry.split(512, 1), short.split(512, 1), strict=True):
+        result.copy_(turn @ part)
     return isometry if matrix.shape[0] <= matrix.shape[1] else isometry.mT, s
 
 

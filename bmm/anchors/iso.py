@@ -39,13 +39,14 @@ def iso_cts(taus: Tensor, context: Context, *, common_share: float) -> Tensor:
 
     total = weighted_sum(taus, context.weights)  # (o, i)
     noise = rounding(total, total.dtype, float(norms.sum()))
-    shared, s, v = leading_triples(total, slots - own * len(taus), noise, context.name)  # (o, c), (c,), (i, c)
     bundle = Bundle(taus, slots)
-    bundle.add(shared, s, v)
-    del total, v
+    bundle.add(*leading_triples(total, slots - own * len(taus), noise, context.name))
+    shared = bundle.left  # (o, c)
+    del total
     for t in range(len(taus) if own else 0):
         rest = taus[t].to(torch.float64, copy=True).mul_(context.weights[t])  # (o, i)
-        rest.addmm_(shared, shared.mT @ rest, alpha=-1)
+        for part in rest.split(512, dim=1):  # (o, 512), to need no second matrix of that size
+            part.addmm_(shared, shared.mT @ part, alpha=-1)
         # what projecting leaves of nothing is rounding, not direction: it is measured against the task vector
         noise = rounding(rest, taus.dtype, float(norms[t]))
         bundle.add(*leading_triples(rest, own, noise, f"{context.name}, task vector {t}"))

@@ -15,9 +15,9 @@ def whiten(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     ``dtype`` is that of the matrices the vectors come from: dependence below its precision is dependence. Where the
     vectors are linearly dependent that set is not unique, and the usual ``p @ qh`` fills up with arbitrary directions;
     the partial isometry that leaves them out is unique, and is what this returns. It comes from the Gram of the
-    vectors, ``vectors (vectors' vectors)^(-1/2)``, see `bmm.linalg.polar`.
+    vectors, ``vectors (vectors' vectors)^(-1/2)``, see `bmm.linalg.polar`. Vectors in float64 are overwritten.
     """
-    return polar(vectors, rounding(vectors, dtype), "singular vectors of all tasks")[0]
+    return polar(vectors, rounding(vectors, dtype), "singular vectors of all tasks", overwrite=True)[0]
 
 
 def tsv(taus: Tensor, context: Context) -> Tensor:
@@ -55,14 +55,19 @@ class Bundle:
         self._count = place.stop
 
     @property
+    def left(self) -> Tensor:
+        """The left singular vectors, (o, k)."""
+        return self._left[:, : self._count]
+
+    @property
     def scales(self) -> Tensor:
         """The singular values, (k,)."""
         return self._scales[: self._count]
 
     def merged(self, scales: Tensor) -> Tensor:
-        """``whiten(u) diag(scales) whiten(v)'`` (o, i), ``scales`` (k,) or (), in the task vectors' dtype."""
+        """``whiten(u) diag(scales) whiten(v)'`` (o, i), ``scales`` (k,) or (), in the task vectors' dtype; once."""
         if not self._count:
             return torch.zeros_like(self._like)
         dtype = self._like.dtype
-        left = whiten(self._left[:, : self._count], dtype) * scales  # (o, k)
+        left = whiten(self.left, dtype).mul_(scales)  # (o, k)
         return (left @ whiten(self._right[:, : self._count], dtype).mT).to(dtype)  # (o, i)
