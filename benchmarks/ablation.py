@@ -20,12 +20,12 @@ from zoo import Bench, cells, options, publish, scores
 from bmm.report import markdown
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    "data": ("data Grams, bias joined (the default)", {}),
+    "data": ("data Grams, bias joined", {}),
     "no-bias": ("without bias in the regression", {"bias": "anchor"}),
     "norms": ("+ norms", {"norms": "regression"}),
     "merged": ("+ inputs of the merged model", {"inputs": "merged"}),
     "weights": ("+ task weights searched", {"search": ["weights"]}),
-    "hybrid": ("+ hybrid Grams, gamma 0.5", {"grams": "hybrid", "gamma": 0.5}),
+    "hybrid": ("+ hybrid Grams, gamma 0.5 (the default)", {"grams": "hybrid", "gamma": 0.5}),
     "gamma": ("+ hybrid Grams, gamma searched", {"grams": "hybrid", "search": ["gamma"]}),
     "anchor-scale": ("+ anchor scale searched", {"search": ["anchor_scale"]}),
 }

@@ -50,7 +50,7 @@ class Recipe:
         "tsv", "The prior: METHOD or METHOD+lines of `bmm anchors`, or path:FOLDER for a merge made elsewhere."
     )
     knobs: dict[str, Any] = _key(dict, "The anchor's knobs: NAME=VALUE (see `bmm anchors NAME`).", mapping="number")
-    grams: str = _key("data", "Gram matrices: activations, task vectors, or a mix.", choices=GRAMS)
+    grams: str = _key("hybrid", "Gram matrices: activations, task vectors, or a mix of both.", choices=GRAMS)
     gamma: float = _key(0.5, "Share of the data-free Gram when grams is hybrid.", low=0.0, high=1.0)
     calibration: int = _key(64, "Calibration inputs a task for data-driven Grams and Fishers.", low=1)
     fisher: str = _key(

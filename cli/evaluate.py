@@ -22,7 +22,7 @@ def command(
     """Score CHECKPOINT on every task.
 
     \b
-    bmm evaluate runs/vit8-tsv-data-seed0/model
+    bmm evaluate runs/vit8-tsv-hybrid-seed0/model
     bmm evaluate merged --recipe mine.yaml --split validation --json
     """
     from bmm.api import evaluate

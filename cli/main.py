@@ -62,7 +62,7 @@ def bmm() -> None:
     bmm tune --anchor tsv --budget 50            the embedded 8-task zoo
     bmm tune --recipe my.yaml                    your own models
     bmm merge --anchor ties --out merged         a plain merge
-    bmm report runs/vit8-tsv-data-seed0          what a study found
+    bmm report runs/vit8-tsv-hybrid-seed0          what a study found
     """
 
 

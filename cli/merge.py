@@ -44,7 +44,7 @@ def command(
     bmm merge --anchor task_arithmetic --weights mnist=-1 --out merged        forget a task
     bmm merge --anchor emr --masks --out merged                               bmm reconstruct merged --task NAME
     bmm merge --anchor tsv --grams datafree --lam 1 --out merged
-    bmm merge --study runs/vit8-tsv-data-seed0 --trial 7 --out merged
+    bmm merge --study runs/vit8-tsv-hybrid-seed0 --trial 7 --out merged
     """
     from bmm.api import merge
 

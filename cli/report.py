@@ -16,9 +16,9 @@ def command(folder: str, trials: bool, as_json: bool, debug: bool) -> None:
     """Show what the study in FOLDER found; a running or interrupted one shows its trials so far.
 
     \b
-    bmm report runs/vit8-tsv-data-seed0
-    bmm report runs/vit8-tsv-data-seed0 --trials
-    bmm report runs/vit8-tsv-data-seed0 --json > result.json
+    bmm report runs/vit8-tsv-hybrid-seed0
+    bmm report runs/vit8-tsv-hybrid-seed0 --trials
+    bmm report runs/vit8-tsv-hybrid-seed0 --json > result.json
     """
     from bmm.api import load_study
     from bmm.report import text_report, trial_table

@@ -25,7 +25,7 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
     bmm tune --zoo vit20 --anchor iso_c --grams datafree
     bmm tune --recipe mine.yaml --budget 100 --device cuda
     bmm tune --base m/base --expert a=m/a --expert b=m/b --tasks tasks.py:make
-    bmm tune --resume runs/vit8-tsv-data-seed0 --budget 80
+    bmm tune --resume runs/vit8-tsv-hybrid-seed0 --budget 80
     """
     from bmm.api import tune
     from bmm.report import text_report

@@ -216,7 +216,7 @@ def test_hyperparameters_survive_json_and_old_ones_load():
     ("raw", "said"),
     [
         ({"search": ["weigths"]}, "weigths"),
-        ({"search": ["gamma"]}, "grams is data"),
+        ({"search": ["gamma"], "grams": "data"}, "grams is data"),
         ({"search": "weights"}, "a list"),
         ({"bias": "none"}, "no bias"),
     ],
