@@ -33,6 +33,8 @@ METHODS = {  # ours, our knobs; mergekit's, its parameters
     "slerp": ([], "slerp", {"t": 0.5}),
 }
 
+BMM, MERGEKIT = f"bmm-{os.getpid()}", f"mergekit-{os.getpid()}"  # results; two runs may share their inputs
+
 MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -91,14 +93,14 @@ def measure(command: list[str], environ: dict[str, str], out: Path) -> tuple[flo
 
 
 def ours(method: str, root: Path, experts: int) -> list[str]:
-    shutil.rmtree(root / "bmm", ignore_errors=True)
+    shutil.rmtree(root / BMM, ignore_errors=True)
     run = "from bmm_cli.main import main; main()"
     command = [sys.executable, "-c", run, "merge", "--anchor", method, "--base", str(root / "base")]
     for t in range(experts):
         command += ["--expert", str(root / f"e{t + 1}")]
     for knob in METHODS[method][0]:
         command += ["--knob", knob]
-    return [*command, "--out", str(root / "bmm"), "--quiet"]
+    return [*command, "--out", str(root / BMM), "--quiet"]
 
 
 def theirs(method: str, root: Path, experts: int, python: Path) -> list[str]:
@@ -111,11 +113,11 @@ def theirs(method: str, root: Path, experts: int, python: Path) -> list[str]:
             "merge_method": name, "base_model": models[0]["model"], "models": [{"model": m["model"]} for m in models],
             "parameters": parameters, "dtype": "bfloat16",
         }  # fmt: skip
-    (root / f"{name}.yaml").write_text(json.dumps(config))  # JSON is YAML
-    shutil.rmtree(root / "mergekit", ignore_errors=True)
+    (root / f"{MERGEKIT}.yaml").write_text(json.dumps(config))  # JSON is YAML
+    shutil.rmtree(root / MERGEKIT, ignore_errors=True)
     run = "from mergekit.scripts.run_yaml import main; main()"
-    out = str(root / "mergekit")
-    return [str(python), "-c", run, str(root / f"{name}.yaml"), out, "--no-copy-tokenizer", "--quiet"]
+    out = str(root / MERGEKIT)
+    return [str(python), "-c", run, str(root / f"{MERGEKIT}.yaml"), out, "--no-copy-tokenizer", "--quiet"]
 
 
 def registered() -> set[str]:
@@ -156,8 +158,8 @@ def main() -> None:
         count = 2 if method == "slerp" else args.experts
         rounds = [
             (
-                measure(ours(method, root, count), environ, root / "bmm"),
-                measure(theirs(method, root, count, python), environ, root / "mergekit"),
+                measure(ours(method, root, count), environ, root / BMM),
+                measure(theirs(method, root, count, python), environ, root / MERGEKIT),
             )
             for _ in range(args.rounds)
         ]
@@ -166,6 +168,9 @@ def main() -> None:
         )
         cells = [method, f"{s:.2f}", f"{their_s:.2f}", f"{their_s / s:.1f}", f"{m:.0f}", f"{their_m:.0f}"]
         print("| " + " | ".join([*cells, f"{m / their_m:.2f}"]) + " |", flush=True)
+    for left in (root / BMM, root / MERGEKIT):
+        shutil.rmtree(left, ignore_errors=True)
+    (root / f"{MERGEKIT}.yaml").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
