@@ -232,6 +232,11 @@ def main() -> None:
         f"{args.calibration} calibration inputs a task, groups {args.groups}, autocast {args.autocast}\n\n"
         + markdown(header, lines)
     )
+    wanted = args.anchors or fitting(len(bench.run.tasks))
+    if len(lines) - 2 < len(wanted):
+        text += (
+            f"\n\n{len(lines) - 2} of {len(wanted)} anchors have been run; the same command goes on with the others."
+        )
     if timing:
         suggest, evaluate = (statistics.median(t[k] for t in timing) for k in (0, 1))
         text += f"\n\nmedian seconds a trial: suggestion {suggest:.2f}, evaluation {evaluate:.2f}"
