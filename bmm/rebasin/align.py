@@ -15,6 +15,7 @@ from ..checkpoint.agreement import TiedView
 from ..checkpoint.atomic import destination
 from ..errors import RecipeError
 from ..evaluation import Task, check_tasks
+from ..evaluation.batchnorm import batchnorms
 from ..evaluation.skeleton import stored_names
 from ..loading import ModelBuilder
 from ..notation import StateDict, Tensors
@@ -22,7 +23,7 @@ from ..progress import Progress, silent
 from ..recipe import Recipe, load_function
 from ..report import versions
 from ..run import Run
-from .barrier import Barrier, Loss, has_batchnorm, measure_barrier
+from .barrier import Barrier, Loss, measure_barrier
 from .build import check_preserved, example_runs, find_spec
 from .matching import Matching, To, match
 from .names import Transformer, Within
@@ -203,7 +204,7 @@ class Aligner:
     def _barriers(self, matching: Matching) -> dict[str, dict[str, Barrier]]:
         skeleton, options = self.run.skeleton, self.options
         kinds = [(False, "")]
-        if has_batchnorm(skeleton):
+        if batchnorms(skeleton):
             if all(task.calibration is not None for task in self.tasks):
                 kinds.append((True, ", statistics recomputed"))
             else:

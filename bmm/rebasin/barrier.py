@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import RecipeError
 from ..evaluation import Task, swapped
+from ..evaluation.batchnorm import batchnorms, measure_batchnorm
 from ..evaluation.task import to_device
 from ..notation import StateDict, Tensors
 
@@ -137,39 +137,18 @@ def _is_classification(outputs: Tensor, targets: Tensor) -> bool:
     return outputs.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point()
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    """Whether any module keeps running statistics."""
-    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
-
-
 def recompute_batchnorm(
     model: nn.Module, tensors: Tensors, tasks: Sequence[Task], *, device: torch.device | str = "cpu"
 ) -> StateDict:
-    """``tensors`` with BatchNorm's running statistics taken anew from all tasks' calibration inputs together.
+    """``tensors`` with BatchNorm's buffers taken anew from all tasks' calibration inputs together.
 
     One pass in training mode with dropout off, the plain mean of the batches' statistics. A merge of networks with
     BatchNorm needs this: an average of statistics is not the statistics of the average.
 
     Raises:
-        RecipeError: a task without calibration inputs.
+        RecipeError: as `bmm.evaluation.batchnorm.measure_batchnorm`; a model without BatchNorm stays as it is.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
-    momenta = {n: m.momentum for n, m in norms.items()}
-    out = {n: t.clone() if n.rpartition(".")[0] in norms else t for n, t in tensors.items()}
-    with swapped(model, out, device), torch.no_grad():
-        try:
-            for module in norms.values():
-                module.reset_running_stats()
-                module.momentum = None  # the mean over all batches
-                module.train()
-            for task in tasks:
-                for inputs in task.calibration_batches(batch_size=task.batch_size):
-                    task.forward(model, to_device(inputs, device))
-            for name, module in norms.items():
-                for key, buffer in module.named_buffers(recurse=False):
-                    if f"{name}.{key}" in out:
-                        out[f"{name}.{key}"] = buffer.detach().clone()
-        finally:
-            for name, module in norms.items():
-                module.momentum = momenta[name]
-    return out
+    if not batchnorms(model):
+        return dict(tensors)
+    measured = measure_batchnorm(model, tensors, tasks, device=device)
+    return {name: measured.get(name, tensor) for name, tensor in tensors.items()}

@@ -13,17 +13,18 @@ from ..checkpoint import Checkpoint, write_checkpoint
 from ..checkpoint.atomic import destination
 from ..errors import RecipeError, did_you_mean
 from ..evaluation import Task, check_skeleton
+from ..evaluation.batchnorm import measure_batchnorm
 from ..linalg import require_finite
 from ..loading import ModelBuilder, build_model, find_device
 from ..notation import StateDict
 from ..progress import Progress, silent
 from ..recipe import DTYPES, load_function
 from ..report import average_card
-from .batchnorm import measure, statistics_names
 from .checkpoints import open_run
 from .schemes import Scheme
 
 BATCHNORM = ("recompute", "last", "average")
+STATISTICS = (".running_mean", ".running_var")
 
 
 def average(
@@ -160,7 +161,7 @@ def _policy(
     """What becomes of BatchNorm statistics; "" where the checkpoints have none."""
     policy = batchnorm or ("recompute" if scheme.method == "swa" or tasks is not None else "average")
     given = {"tasks": tasks, "model": model, "calibration": calibration, "device": None if device == "cpu" else device}
-    found = statistics_names(newest.names)
+    found = _statistics_of(newest.names)
     if policy != "recompute" and (unused := [name for name, value in given.items() if value is not None]):
         raise RecipeError(f"{unused[0]} is for batchnorm: recompute only", f"drop it; batchnorm is {policy}")
     if not found:
@@ -177,6 +178,11 @@ def _policy(
     if batchnorm is None and policy == "average":
         progress("notice", 1, 1, "BatchNorm statistics are averaged like weights; give tasks to measure them anew")
     return policy
+
+
+def _statistics_of(names: Sequence[str]) -> list[str]:
+    """The names that hold BatchNorm means and variances."""
+    return [name for name in names if f".{name}".endswith(STATISTICS)]
 
 
 class _Norms:
@@ -202,7 +208,7 @@ class _Norms:
         """The averaged tensors, with the statistics that the policy asks for."""
         if self.policy == "recompute":
             tensors = {n: t.to(_dtype(newest, n, None)) for n, t in pairs}  # what will be stored is what is measured
-            measured = measure(
+            measured = measure_batchnorm(
                 self.model,
                 {self.own[n]: t for n, t in tensors.items()},
                 self.tasks,
@@ -210,10 +216,11 @@ class _Norms:
                 self.device,
                 lambda done, total, name: self.progress("batchnorm", done, total, name),
             )
+            statistics = set(_statistics_of(newest.names))  # how many batches there were stays what training counted
             for name, tensor in tensors.items():
-                yield name, measured.get(self.own[name], tensor)
+                yield name, measured.get(self.own[name], tensor) if name in statistics else tensor
             return
-        last = set(statistics_names(newest.names)) if self.policy == "last" else set()
+        last = set(_statistics_of(newest.names)) if self.policy == "last" else set()
         for name, tensor in pairs:
             yield name, newest[name] if name in last else tensor
 

@@ -1,35 +1,35 @@
-"""BatchNorm statistics of an averaged model: they belong to its own activations (arXiv 1803.05407, SWA)."""
+"""BatchNorm statistics of a merged model: they belong to its own activations, not to an average of others' (SWA, arXiv
+1803.05407; REPAIR, arXiv 2211.08403)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import BmmError, RecipeError
-from ..evaluation import Task, swapped
-from ..evaluation.task import batch_length, to_device
-from ..notation import StateDict
-
-STATISTICS = (".running_mean", ".running_var")
+from ..notation import StateDict, Tensors
+from .scoring import swapped
+from .task import Task, batch_length, to_device
 
 
-def statistics_names(names: Iterable[str]) -> list[str]:
-    """The names that hold BatchNorm means and variances."""
-    return [name for name in names if f".{name}".endswith(STATISTICS)]
+def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers of a model that keep running statistics, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: module for name, module in found.items() if module.running_mean is not None}
 
 
-def measure(
+def measure_batchnorm(
     model: nn.Module,
-    tensors: StateDict,
+    tensors: Tensors,
     tasks: Sequence[Task],
     most: int | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> StateDict:
-    """Running means and variances of the model with ``tensors``, over the tasks' calibration inputs.
+    """BatchNorm's buffers of the model with ``tensors``, by name, measured on the tasks' calibration inputs.
 
     As ``torch.optim.swa_utils.update_bn``: cumulative averages over the batches, from zero. Only the BatchNorm layers
     are in training mode, so that dropout stays off. ``tensors`` carry the model's names and are left as they are.
@@ -40,14 +40,14 @@ def measure(
     Raises:
         RecipeError: no calibration inputs, no BatchNorm layer in the model, or a task that fails on a batch.
     """
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    norms = batchnorms(model)
     if not norms:
         raise RecipeError(f"{type(model).__name__} has no BatchNorm layer with statistics", "use batchnorm: last")
-    own = {f"{name}.{buffer}" for name, module in norms.items() for buffer, _ in module.named_buffers()}
+
+    def buffers() -> dict[str, Tensor]:
+        return {f"{n}.{buffer}": tensor for n, module in norms.items() for buffer, tensor in module.named_buffers()}
+
+    own = buffers()
     inside = {name: tensor.clone() if name in own else tensor for name, tensor in tensors.items()}
     momenta = {name: module.momentum for name, module in norms.items()}
     with swapped(model, inside, device), torch.no_grad():
@@ -60,11 +60,7 @@ def measure(
                 _run(model, task, most, device)
                 if progress:
                     progress(done + 1, len(tasks), task.name)
-            return {
-                f"{name}{statistic}": getattr(module, statistic[1:]).detach().cpu().clone()
-                for name, module in norms.items()
-                for statistic in STATISTICS
-            }
+            return {name: buffer.detach().cpu().clone() for name, buffer in buffers().items()}
         finally:
             for name, module in norms.items():
                 module.momentum = momenta[name]
