@@ -15,7 +15,7 @@ from .errors import MergeError, RecipeError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
-from .masking import merge_masked, reconstruct_task
+from .masking import merge_masked, reconstruct
 from .notation import StateDict
 from .progress import Progress, silent
 from .rebasin import Aligner, Alignment, Options, Spec
@@ -175,32 +175,6 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
     return write_model(run, counted(), out, card, overwrite=overwrite)
 
 
-def reconstruct(
-    folder: str | Path,
-    task: str,
-    *,
-    out: str | Path | None = None,
-    base: str | Path | None = None,
-    dtype: str = "same",
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> StateDict | Path:
-    """One task's model from a merge that was written with ``masks``.
-
-    Args:
-        folder: what ``merge(..., masks=True)`` wrote.
-        task: the name of one of its experts.
-        out: write a checkpoint there and return its path; otherwise return the tensors.
-        base: where the base is now, where it has moved since the merge.
-        dtype: of the floating tensors: same (as the base's), float32, bfloat16 or float16.
-
-    Raises:
-        CheckpointError: no masks there, or damaged ones, or another base; MergeError: no such task;
-        RecipeError: no such dtype; WriteError: see `bmm.errors`.
-    """
-    return reconstruct_task(folder, task, out, base, dtype, overwrite, progress)
-
-
 def evaluate(
     checkpoint: str | Path | Mapping[str, Any],
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
@@ -320,4 +294,4 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
     return {g: float(value) for g in groups}
 
 
-__all__ = ["average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "tune"]
+__all__ = ["align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "tune"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .anchors import MaskedModels, emr_compress, get, resolve_knobs, tall_compress
@@ -13,7 +12,7 @@ from .checkpoint import Checkpoint, write_checkpoint
 from .errors import RecipeError, WriteError
 from .notation import StateDict
 from .progress import Progress, silent
-from .recipe import DTYPES, Recipe
+from .recipe import Recipe, storage_dtype
 from .report import merge_card
 from .run import Run
 
@@ -36,8 +35,7 @@ def merge_masked(recipe: Recipe, out: Path, overwrite: bool = False, progress: P
         raise RecipeError(f"{given[0]} has no say in a merge with masks", "drop it: masks stand on the unscaled vector")
     run = Run(recipe, progress=progress, need_tasks=False)
     pool = run.pool
-    if out.resolve() in [source.path.resolve() for source in pool.experts if isinstance(source, Checkpoint)]:
-        raise WriteError(f"{out} is one of the experts", "choose another output folder")
+    pool.refuse_expert(out)
     knobs = resolve_knobs(get(recipe.anchor), recipe.knobs)
     masked = (emr_compress if recipe.anchor == "emr" else tall_compress)(
         pool.base,
@@ -59,27 +57,39 @@ def merge_masked(recipe: Recipe, out: Path, overwrite: bool = False, progress: P
     )
     return masked.save(
         out,
-        dtype=_dtype(recipe.dtype),
+        dtype=storage_dtype(recipe.dtype),
         max_shard_bytes=int(recipe.shard_gib * 2**30),
         extra_files={"README.md": card, "bmm_recipe.yaml": recipe.to_yaml() or "{}\n"},
         overwrite=overwrite,
     )
 
 
-def reconstruct_task(
+def reconstruct(
     folder: str | Path,
     task: str,
+    *,
     out: str | Path | None = None,
     base: str | Path | None = None,
     dtype: str = "same",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> StateDict | Path:
-    """See `bmm.reconstruct`."""
-    if dtype not in DTYPES:
-        raise RecipeError(f"no dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+    """One task's model from a merge that was written with ``masks``.
+
+    Args:
+        folder: what ``merge(..., masks=True)`` wrote.
+        task: the name of one of its experts.
+        out: write a checkpoint there and return its path; otherwise return the tensors.
+        base: where the base is now, where it has moved since the merge.
+        dtype: of the floating tensors: same (as the base's), float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: no masks there, or damaged ones, or another base; MergeError: no such task;
+        RecipeError: no such dtype; WriteError: see `bmm.errors`.
+    """
+    kept = storage_dtype(dtype)
     masked = MaskedModels.load(folder, base)
-    stream = masked.stream(task, _dtype(dtype))
+    stream = masked.stream(task, kept)
     if out is None:
         return dict(stream)
     if Path(out).resolve() == Path(folder).resolve():
@@ -92,8 +102,4 @@ def reconstruct_task(
 
     like = masked.base
     assert isinstance(like, Checkpoint)
-    return write_checkpoint(out, counted(), like=like, dtypes=_dtype(dtype), overwrite=overwrite)
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    return None if name == "same" else getattr(torch, name)
+    return write_checkpoint(out, counted(), like=like, dtypes=kept, overwrite=overwrite)

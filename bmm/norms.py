@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from .errors import MergeError
 from .grams.spectrum import NOISE_FACTOR, task_weights
 from .linalg import require_finite
-from .solver import Scalar, check_scalars
+from .solver import Scalar, check_scalars, check_sigma, moved, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class PreparedNorm:
     @property
     def bytes(self) -> int:
         """Memory of all tensors held."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in tensors_of(self).values())
 
     def merge(self, lam: Scalar, rho: Scalar = 1.0, anchor_scale: Scalar = 1.0) -> Tensor:
         """The merged (gamma, beta) as (c, k); arguments, limits and errors as `PreparedModule.merge`."""
@@ -70,8 +69,7 @@ class PreparedNorm:
         self, lam: Scalar, rho: Scalar, sigma: float, generator: torch.Generator, anchor_scale: Scalar = 1.0
     ) -> Tensor:
         """A posterior draw (c, k); arguments and errors as `PreparedModule.sample`."""
-        if not (math.isfinite(sigma) and sigma >= 0):
-            raise MergeError(f"{self.name}: sigma is {sigma}", "the noise scale is a finite number >= 0")
+        check_sigma(self.name, sigma)
         mean = self.merge(lam, rho, anchor_scale)
         lam64 = torch.as_tensor(lam).to(self.eigenvalues).reshape(())
         if bool(lam64 == 0) and bool((self.eigenvalues == 0).any()):
@@ -83,12 +81,7 @@ class PreparedNorm:
 
     def to(self, device: torch.device | str) -> PreparedNorm:
         """The same norm with its tensors on ``device``."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in self._tensors().items()}
-        return replace(self, **moved)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        return moved(self, device)
 
 
 def prepare_norm(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from . import anchors
@@ -220,6 +221,13 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
         limit = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise RecipeError(f"{where}: {key} is {value}, must be {limit}", meta["help"])
     return value
+
+
+def storage_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, one of `DTYPES`; None for "same". Raises `RecipeError` for any other."""
+    if name not in DTYPES:
+        raise RecipeError(f"no dtype {name!r}", did_you_mean(name, DTYPES))
+    return None if name == "same" else getattr(torch, name)
 
 
 def load_function(target: str, key: str) -> Callable[..., Any]:

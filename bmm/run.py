@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import anchors, zoo
-from .checkpoint import ModelPool, open_checkpoint
+from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
 from .evaluation.task import to_device
@@ -29,7 +29,7 @@ from .records import Score
 from .search.study import objective as mean_score
 from .search.study import shares_of
 from .sequential import MergedInputs
-from .statistics import Fishers, anchor_needs, cache_folder, fingerprint_of
+from .statistics import Fishers, anchor_needs, cache_folder
 
 T = TypeVar("T")
 

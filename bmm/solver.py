@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,11 @@ from .errors import MergeError
 from .grams.spectrum import Spectrum, decompose, task_weights
 from .linalg import require_finite
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Scalar = float | Tensor
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +68,7 @@ class PreparedModule:
     @property
     def bytes(self) -> int:
         """Memory of all tensors held, shared ones included."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in tensors_of(self).values())
 
     def merge(self, lam: Scalar, rho: Scalar = 1.0, anchor_scale: Scalar = 1.0) -> Tensor:
         """The merged weight, in the shape and dtype of ``w0``: ``w0 + rho * (m(lam) - w0)``.
@@ -99,8 +103,7 @@ class PreparedModule:
         generator's device. Raises `MergeError` as `merge` does, for a negative or non-finite ``sigma``, and at
         lam = 0 where some direction has no evidence: the variance is infinite there.
         """
-        if not (math.isfinite(sigma) and sigma >= 0):
-            raise MergeError(f"{self.name}: sigma is {sigma}", "the noise scale is a finite number >= 0")
+        check_sigma(self.name, sigma)
         mean = self.merge(lam, rho, anchor_scale)
         lam64 = self._wide(lam)
         if bool(torch.isinf(lam64)):
@@ -125,12 +128,7 @@ class PreparedModule:
 
     def to(self, device: torch.device | str) -> PreparedModule:
         """The same module with its tensors on ``device``."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in self._tensors().items()}
-        return replace(self, **moved)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        return moved(self, device)
 
     def _anchor_only(self, rho: Scalar, anchor_scale: Scalar) -> Tensor:
         factor = rho * anchor_scale
@@ -152,6 +150,24 @@ class PreparedModule:
 
     def _restore(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.shape).to(self.dtype)
+
+
+def tensors_of(record: Any) -> dict[str, Tensor]:
+    """The fields of a dataclass that hold tensors."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return {k: v for k, v in values.items() if isinstance(v, Tensor)}
+
+
+def moved(record: Record, device: torch.device | str) -> Record:
+    """The same dataclass with its tensors on ``device``."""
+    found: dict[str, Any] = {k: v.to(device) for k, v in tensors_of(record).items()}
+    return replace(record, **found)
+
+
+def check_sigma(name: str, sigma: float) -> None:
+    """Raise `MergeError` for a noise scale that is negative or not finite."""
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise MergeError(f"{name}: sigma is {sigma}", "the noise scale is a finite number >= 0")
 
 
 def check_scalars(name: str, lam: Scalar, rho: Scalar, anchor_scale: Scalar) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import anchors
 from .anchors.anchor import named_generator
-from .checkpoint import Checkpoint, fingerprint_tensors
+from .checkpoint import fingerprint_of
 from .errors import WriteError
 from .evaluation import Task, swapped
 from .evaluation.task import to_device
@@ -120,11 +120,6 @@ class Fishers:
         batches = ((to_device(x, self.device), to_device(y, self.device)) for x, y in self._batches(task))
         generator = named_generator("fisher", digest)
         return Source(task.name, task.forward, batches, task.log_likelihood, task.sample, generator)
-
-
-def fingerprint_of(model: Tensors) -> str:
-    """SHA-256 over the content of a model's tensors, remembered by checkpoints."""
-    return model.fingerprint() if isinstance(model, Checkpoint) else fingerprint_tensors(model)
 
 
 def _bound(thing: Any, seen: set[int]) -> Iterator[Tensor | str]:

@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .checkpoint import Checkpoint, write_checkpoint
-from .errors import StudyError, WriteError
+from .errors import StudyError
 from .evaluation import Task
 from .loading import ModelBuilder
 from .merging import PreparedModel
 from .notation import StateDict
 from .progress import Progress, silent, stopwatch
-from .recipe import Recipe
+from .recipe import Recipe, storage_dtype
 from .records import Hyperparameters, Score, StudyResult, Trial
 from .report import study_card, text_report, versions
 from .run import Run
@@ -171,16 +169,13 @@ def write_model(
 ) -> Path:
     """Write merged tensors (a mapping or a stream of pairs) as a checkpoint like the base's, with card and recipe."""
     recipe = run.recipe
-    sources = [source.path.resolve() for source in run.pool.experts if isinstance(source, Checkpoint)]
-    if folder.resolve() in sources:
-        raise WriteError(f"{folder} is one of the experts", "choose another output folder")
-    dtype = None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
+    run.pool.refuse_expert(folder)
     pairs = ((n, tensors[n].cpu()) for n in run.pool.names) if isinstance(tensors, dict) else tensors
     return write_checkpoint(
         folder,
         pairs,
         like=run.pool.base if isinstance(run.pool.base, Checkpoint) else None,
-        dtypes=dtype,
+        dtypes=storage_dtype(recipe.dtype),
         tied=run.pool.tied,
         max_shard_bytes=int(recipe.shard_gib * 2**30),
         extra_files={"README.md": card, "bmm_recipe.yaml": recipe_yaml or recipe.to_yaml() or "{}\n"},

@@ -59,6 +59,11 @@ class Knob:
     choices: tuple[str, ...] = ()
     linear: bool = False
 
+    @classmethod
+    def choice(cls, name: str, choices: tuple[str, ...], help: str, default: str = "") -> Knob:
+        """A knob that takes one of ``choices``; the first is the default unless another is named."""
+        return cls(name, default or choices[0], None, None, "choice", help, choices)
+
     def validate(self, value: Any) -> KnobValue:
         """The value in the knob's own type; raises `MergeError` for a wrong type, a value out of bounds or a choice
         that does not exist."""

@@ -50,23 +50,15 @@ def _knobs(beta: float) -> tuple[Knob, ...]:
     return (
         Knob("lines_alpha", 1.0, 0.0, 10.0, "float", "factor on the first layer, in lines_unit"),
         Knob("lines_beta", beta, 0.0, 10.0, "float", "what the factor gains from the first to the last layer"),
-        Knob(
+        Knob.choice(
             "lines_unit",
-            "norm",
-            None,
-            None,
-            "choice",
-            "norm: length of the sum of task vectors over T times that of the merge, as published; one: 1",
             ("norm", "one"),
+            "norm: length of the sum of task vectors over T times that of the merge, as published; one: 1",
         ),
-        Knob(
+        Knob.choice(
             "lines_outside",
-            "depth",
-            None,
-            None,
-            "choice",
-            "parameters outside the blocks: by their depth, or as the first layer (published)",
             ("depth", "first"),
+            "parameters outside the blocks: by their depth, or as the first layer (published)",
         ),
     )
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, did_you_mean
+from ..errors import CheckpointError, WriteError, did_you_mean
 from ..linalg import all_finite
 from .agreement import TiedView, align, info_of, require_tensors, ties_of
 from .formats import TensorInfo, fingerprint_tensors
@@ -125,8 +125,13 @@ class ModelPool:
 
     @cached_property
     def _fingerprint(self) -> str:
-        prints = [_fingerprint(source) for source in (self.base, *self.experts)]
+        prints = [fingerprint_of(source) for source in (self.base, *self.experts)]
         return hashlib.sha256("\n".join(["bmm pool 1", *prints]).encode()).hexdigest()
+
+    def refuse_expert(self, folder: Path) -> None:
+        """Raise `WriteError` where a merge would be written over one of its experts."""
+        if folder.resolve() in [source.path.resolve() for source in self.experts if isinstance(source, Checkpoint)]:
+            raise WriteError(f"{folder} is one of the experts", "choose another output folder")
 
     def check_finite(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every floating tensor once; `CheckpointError` naming checkpoint and tensor at the first NaN or Inf.
@@ -150,7 +155,8 @@ class ModelPool:
                     progress(done, total)
 
 
-def _fingerprint(source: Mapping[str, Tensor]) -> str:
+def fingerprint_of(source: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the content of a model's tensors, remembered by checkpoints."""
     return source.fingerprint() if isinstance(source, Checkpoint) else fingerprint_tensors(source)
 
 

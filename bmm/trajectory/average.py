@@ -18,7 +18,7 @@ from ..linalg import require_finite
 from ..loading import ModelBuilder, build_model, find_device
 from ..notation import StateDict
 from ..progress import Progress, silent
-from ..recipe import DTYPES, load_function
+from ..recipe import load_function, storage_dtype
 from ..report import average_card
 from .checkpoints import open_run
 from .schemes import Scheme
@@ -71,7 +71,8 @@ def average(
         one holds NaN or Inf. WriteError: ``out`` cannot be written. Nothing half-written is left.
     """
     scheme = _scheme(method, options)
-    _require_choices(scheme, batchnorm, dtype, shard_gib, out)
+    _require_choices(scheme, batchnorm, shard_gib, out)
+    kept = storage_dtype(dtype)
     opened = open_run([checkpoints] if isinstance(checkpoints, str | Path) else checkpoints, order)
     plans = scheme.plans(len(opened))
     targets = _targets(out, scheme, [opened[max(plan)] for plan in plans])
@@ -82,7 +83,6 @@ def average(
     if norms.policy == "recompute":
         norms.prepare(opened[-1], tasks, model, device)
     total = len(plans) * len(opened[-1])
-    kept = None if dtype == "same" else getattr(torch, dtype)
     paths = []
     for number, plan in enumerate(plans):
         done = number * len(opened[-1])
@@ -102,11 +102,9 @@ def _scheme(method: str, options: Mapping[str, Any]) -> Scheme:
     return Scheme(method, **options)
 
 
-def _require_choices(scheme: Scheme, batchnorm: str | None, dtype: str, shard_gib: float, out: Any) -> None:
+def _require_choices(scheme: Scheme, batchnorm: str | None, shard_gib: float, out: Any) -> None:
     if batchnorm is not None and batchnorm not in BATCHNORM:
         raise RecipeError(f"no batchnorm {batchnorm!r}", did_you_mean(batchnorm, BATCHNORM))
-    if dtype not in DTYPES:
-        raise RecipeError(f"no dtype {dtype!r}", did_you_mean(dtype, DTYPES))
     if not shard_gib > 0:
         raise RecipeError(f"shard_gib is {shard_gib}", "a size above 0")
     if scheme.each and out is None:

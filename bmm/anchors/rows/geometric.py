@@ -7,14 +7,10 @@ from ..model_stock import model_stock
 from ..slerp import karcher, multi_slerp, slerp
 
 _MERGEKIT = "2403.13257, Arcee's MergeKit: A Toolkit for Merging Large Language Models"
-_SPACE = Knob(
+_SPACE = Knob.choice(
     "space",
-    "weights",
-    None,
-    None,
-    "choice",
-    "interpolate the weights (angles seen from 0) or their changes (angles seen from the base)",
     ("weights", "task_vectors"),
+    "interpolate the weights (angles seen from 0) or their changes (angles seen from the base)",
 )
 
 ROWS = (
@@ -24,14 +20,8 @@ ROWS = (
         "2403.19522, Model Stock: All we need is just a few fine-tuned models",
         "Between the base and the experts' mean, as near to the base as the angle between task vectors asks.",
         (
-            Knob(
-                "per",
-                "tensor",
-                None,
-                None,
-                "choice",
-                "what has an angle of its own: a tensor (published) or each output row",
-                ("tensor", "row"),
+            Knob.choice(
+                "per", ("tensor", "row"), "what has an angle of its own: a tensor (published) or each output row"
             ),
         ),
         model_stock,
@@ -58,14 +48,8 @@ ROWS = (
         "Weighted mean of the experts' directions and of their lengths, tensor by tensor.",
         (
             _SPACE,
-            Knob(
-                "tangent",
-                "project",
-                None,
-                None,
-                "choice",
-                "map into the tangent space: projection (published) or logarithm",
-                ("project", "log"),
+            Knob.choice(
+                "tangent", ("project", "log"), "map into the tangent space: projection (published) or logarithm"
             ),
         ),
         multi_slerp,

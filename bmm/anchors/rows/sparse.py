@@ -89,15 +89,7 @@ ROWS = (
             Knob(
                 "epsilon", 0.2, 0.0, 1.0, "float", "spread of that probability, from the largest entry to the smallest"
             ),
-            Knob(
-                "ranking",
-                "row",
-                None,
-                None,
-                "choice",
-                "rank magnitudes in rows or whole tensors",
-                choices=("row", "tensor"),
-            ),
+            Knob.choice("ranking", ("row", "tensor"), "rank magnitudes in rows or whole tensors"),
             fuse("agree_mean"),
             SEED,
             scale(0.5),
@@ -145,15 +137,7 @@ ROWS = (
         "2410.02396, Parameter Competition Balancing for Model Merging",
         "Score every entry within its task and against the others, drop low scores, average by score.",
         (
-            Knob(
-                "balance",
-                "code",
-                None,
-                None,
-                "choice",
-                "scores as the released code or as the paper defines them",
-                choices=("code", "paper"),
-            ),
+            Knob.choice("balance", ("code", "paper"), "scores as the released code or as the paper defines them"),
             Knob("ratio", 0.1, 0.01, 1.0, "float", "share of all parameters each task vector keeps, by score"),
             scale(1.0),
         ),

@@ -84,7 +84,7 @@ ROWS = (
         "Minimum of the tasks' interference, in closed form; mean of what is no matrix.",
         (
             Knob("ridge", 1e-6, 0.0, 1.0, "float", "pull towards the start, relative to the largest eigenvalue"),
-            Knob("towards", "sum", None, None, "choice", "the start: mean or sum of the task vectors", ("mean", "sum")),
+            Knob.choice("towards", ("mean", "sum"), "the start: mean or sum of the task vectors", "sum"),
             scale(1.0),
         ),
         wudi_exact,

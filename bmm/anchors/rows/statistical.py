@@ -42,15 +42,7 @@ ROWS = (
         "2312.04339, Merging by Matching Models in Task Parameter Subspaces",
         "RegMean's linear system by conjugate gradients from a plain merge; mean, or Fisher mean, of what has no Gram.",
         (
-            Knob(
-                "start",
-                "mean",
-                None,
-                None,
-                "choice",
-                "where the iteration starts: a plain merge, or the base",
-                choices=("mean", "sum", "base"),
-            ),
+            Knob.choice("start", ("mean", "sum", "base"), "where the iteration starts: a plain merge, or the base"),
             Knob("iterations", 100, 0, 100_000, "int", "most iterations; few stay close to the start"),
             Knob("tolerance", 1e-6, 0.0, 1.0, "float", "relative residual that is good enough"),
             Knob("off_diagonal", 1.0, 0.0, 1.0, "float", "factor on the off-diagonal entries of the Grams"),
@@ -72,15 +64,7 @@ ROWS = (
         "2111.09832, Merging Models with Fisher-Weighted Averaging",
         "Average of the experts, every parameter weighted by its diagonal Fisher.",
         (
-            Knob(
-                "normalise",
-                "norm",
-                None,
-                None,
-                "choice",
-                "divide each Fisher by its norm over the model, or do not",
-                choices=("norm", "none"),
-            ),
+            Knob.choice("normalise", ("norm", "none"), "divide each Fisher by its norm over the model, or do not"),
             Knob("floor", FLOOR, 0.0, 1.0, "float", "smallest Fisher; where all are below, the mean"),
             scale(1.0),
         ),
