@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .anchor import scaled, weighted_sum
-from .ties import elect
+from .ties import elect, join_agreeing
 
 Fuse = Literal["sum", "agree_sum", "agree_mean"]
 
@@ -23,10 +22,4 @@ def fuse_all(taus: Tensor, weights: Tensor, how: Fuse) -> Tensor:
     if how == "sum":
         return weighted_sum(taus, weights)
     kept = scaled(taus, weights)  # (T, *shape)
-    agree = (kept.sign() == elect(kept)) & (kept != 0)  # (T, *shape)
-    total = torch.where(agree, kept, torch.zeros_like(kept)).sum(0, dtype=torch.float64)  # (*shape)
-    if how == "agree_mean":
-        sizes = weights.abs().to(total).view(-1, *[1] * (taus.dim() - 1))  # (T, 1, ...)
-        count = (agree * sizes).sum(0)  # (*shape)
-        total = total / count.where(count > 0, torch.ones_like(count))
-    return total.to(taus.dtype)
+    return join_agreeing(kept, elect(kept), weights, how == "agree_mean")

@@ -6,16 +6,15 @@ Three things are decided over the whole model and found by `scan_ties` before an
     cut_t      = the k-th largest |entry| of task vector t, over all parameters
     majority   = sign of (coordinates elected positive - coordinates elected negative)
 
-``cut_t`` is exact and takes memory for 65,536 counters a task, whatever the size of the model: the bit patterns of
-non-negative float32 numbers sort as the numbers do, so counting the upper 15 bits in one pass and the lower 16 bits of
-the bin that holds the k-th value in a second one is a two-digit radix selection. A third pass, when the cuts are known,
-finds the majority. Selecting exactly in a single pass would need memory for k entries of every expert.
+``cut_t`` is exact and found in two passes, with memory that does not grow with the model (see `selection`). A third
+pass, when the cuts are known, finds the majority. Selecting exactly in a single pass would need memory for k entries of
+every expert.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,12 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from ..errors import MergeError
 from .anchor import Context, TaskVectors, Whole, scaled
-
-LOW_BITS = 16
-HIGH_BINS = 1 << 15  # sign bit aside, a float32 has 31 bits
-LOW_BINS = 1 << LOW_BITS
+from .selection import order_statistics
 
 
 @dataclass(frozen=True)
@@ -56,40 +51,19 @@ def global_cuts(stream: TaskVectors, density: float) -> tuple[float, ...]:
 
     Magnitudes are ranked as float32, the precision task vectors have.
     """
-    high = torch.zeros(0, HIGH_BINS, dtype=torch.int64)
-    for _, taus in stream:
-        patterns = _patterns(taus)  # (T, n)
-        if not len(high):
-            high = high.new_zeros(len(patterns), HIGH_BINS)
-        for t, pattern in enumerate(patterns):
-            high[t] += torch.bincount(pattern >> LOW_BITS, minlength=HIGH_BINS).cpu()
-    if not len(high):
-        raise MergeError("the base holds no floating-point tensor", "give a checkpoint with weights")
-    k = max(1, round(density * int(high[0].sum())))
-    bins, ranks = zip(*(_kth_bin(counts, k) for counts in high), strict=True)
-
-    low, one = torch.zeros(len(bins), LOW_BINS, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
-    for _, taus in stream:
-        for t, pattern in enumerate(_patterns(taus)):
-            numbers = pattern.cpu().numpy()  # NumPy picks by mask five times faster
-            inside = torch.from_numpy(numbers[(numbers >> LOW_BITS) == bins[t]] & (LOW_BINS - 1))
-            low[t].index_add_(0, inside, one.expand(len(inside)))
-    digits = [_kth_bin(counts, rank)[0] for counts, rank in zip(low, ranks, strict=True)]
-    cuts = torch.tensor([(b << LOW_BITS) | d for b, d in zip(bins, digits, strict=True)], dtype=torch.int32)
-    return tuple(cuts.view(torch.float32).tolist())
+    magnitudes = _Magnitudes(stream)
+    return tuple(order_statistics(magnitudes, lambda n: (max(1, round(density * n)),))[:, 0].tolist())
 
 
-def _patterns(taus: Tensor) -> Tensor:
-    """Magnitudes as integers that sort alike, (T, n)."""
-    return taus.reshape(len(taus), -1).abs().to(torch.float32).view(torch.int32)
+@dataclass(frozen=True)
+class _Magnitudes:
+    """The rows `order_statistics` ranks: |tau_t| (n,) of every task and tensor."""
 
+    stream: TaskVectors
 
-def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest of the counted values, and that value's rank (from 1) within the bin."""
-    above = counts.flip(0).cumsum(0)  # values in the top 1, 2, ... bins
-    position = int(torch.searchsorted(above, k))
-    before = int(above[position - 1]) if position else 0
-    return len(counts) - 1 - position, k - before
+    def __iter__(self) -> Iterator[Iterator[Tensor]]:
+        for _, taus in self.stream:
+            yield (tau.abs() for tau in taus)
 
 
 def trim(taus: Tensor, cuts: tuple[float, ...]) -> Tensor:
@@ -123,11 +97,20 @@ def ties(taus: Tensor, context: Context, *, density: float, reduce: Literal["mea
     state: TiesState = context.state
     kept = scaled(trim(taus, state.cuts) if density < 1 else taus, context.weights)  # (T, *shape)
     elected = elect(kept)  # (*shape)
-    elected = elected.add_(0.5 * state.majority).sign_().to(taus.dtype)  # only a 0 is turned
+    elected.add_(0.5 * state.majority).sign_()  # only a 0 is turned
+    return join_agreeing(kept, elected, context.weights, reduce == "mean")
+
+
+def join_agreeing(kept: Tensor, elected: Tensor, weights: Tensor, mean: bool) -> Tensor:
+    """Sum (*shape) of the entries of ``kept`` (T, *shape) that have the sign ``elected`` (*shape); 0 where that is 0.
+
+    ``mean`` divides by the sum of ``|a_t|``, the task weights that ``kept`` carries, over the entries that agree.
+    """
+    elected = elected.to(kept.dtype)
     along = (kept * elected).clamp_(min=0)  # (T, *shape), the sizes of the entries that agree
     total = _sum(along)  # (*shape); of one sign, so that no digit cancels
-    if reduce == "mean":
-        count = _sum(scaled(along.sign_(), context.weights.abs()))  # (*shape)
+    if mean:
+        count = _sum(scaled(along.sign_(), weights.abs()))  # (*shape)
         total /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # where nothing agrees the total is 0
     return total.mul_(elected)
 

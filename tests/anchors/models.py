@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
+from hypothesis import strategies as st
 
 SHAPES = {
     "linear.weight": (6, 5),
@@ -53,6 +54,12 @@ def fisher_for(model):
     """A diagonal Fisher that is a smooth function of the weights, entry by entry: from 0 to 1, mostly small."""
     wide = {k: v.detach().double() for k, v in model.items() if v.is_floating_point()}
     return {k: torch.nan_to_num(torch.sin(3 * v) ** 12).float() for k, v in wide.items()}
+
+
+def float32_lists():
+    """Lists of any finite float32 numbers, ties and denormals among them."""
+    any_number = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    return st.lists(st.one_of(any_number, st.sampled_from([0.0, 1.0, -1.0, 1e-42])), min_size=1, max_size=40)
 
 
 class Lazy(Mapping):

@@ -12,7 +12,7 @@ from bmm.anchors.della import drop_probabilities, magprune
 from bmm.anchors.selection import order_statistics
 from bmm.errors import MergeError
 
-from .models import family
+from .models import family, float32_lists
 from .test_kernels import assert_close, from_zero, random_taus, tensor
 
 
@@ -233,11 +233,7 @@ def test_pcb_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    values=st.lists(
-        st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), st.sampled_from([0.0, 1.0, -1.0, 1e-42])),
-        min_size=1,
-        max_size=40,
-    ),
+    values=float32_lists(),
     split=st.integers(0, 40),
     rank=st.integers(1, 40),
 )
