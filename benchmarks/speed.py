@@ -63,10 +63,10 @@ def solver_rows(rounds: int) -> list[list[str]]:
     return rows
 
 
-def suggestion_seconds(dimensions: int, trials: int) -> float:
-    """Median seconds Ax takes for a suggestion over a study of a smooth function."""
+def suggestion_seconds(name: str, dimensions: int, trials: int) -> float:
+    """Median seconds an engine takes for a suggestion over a study of a smooth function."""
     space = Space.for_groups([f"g{k}" for k in range(dimensions // 2)])
-    engine = build_engine("ax", space, 0)
+    engine = build_engine(name, space, 0, {"t": 1.0})
     rows: list[Trial] = []
     times = []
     for number in range(trials):
@@ -93,7 +93,9 @@ def main() -> None:
     print(markdown(header, solver_rows(args.rounds)))
     print(f"\n{args.threads} threads, medians of {args.rounds} interleaved rounds")
     for d in args.dimensions:
-        print(f"Ax, {d} dimensions, 50 trials: median {suggestion_seconds(d, 50):.2f} s a suggestion")
+        for name in ("botorch", "ax"):
+            taken = suggestion_seconds(name, d, 50)
+            print(f"{name}, {d} dimensions, 50 trials: median {taken:.2f} s a suggestion")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class Recipe:
         choices=SEARCH,
     )
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
-    engine: str = _key("ax", "What proposes the next trial: ax (Bayesian optimisation) or sobol.")
+    engine: str = _key(
+        "botorch", "What proposes the next trial: botorch (Bayesian optimisation), ax (Ax as it comes) or sobol."
+    )
     seed: int = _key(0, "Seed of every random draw.", low=0)
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")

@@ -29,7 +29,7 @@ def run_study(
     reference: Mapping[str, float],
     budget: int,
     seed: int,
-    engine: str = "ax",
+    engine: str = "botorch",
     weights: Mapping[str, float] | None = None,
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -53,7 +53,7 @@ def run_study(
         raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
-    suggester = build_engine(engine, space, seed)
+    suggester = build_engine(engine, space, seed, {t: shares[t] / reference[t] for t in reference})
     _claim(
         database,
         {

@@ -205,7 +205,7 @@ def test_two_processes_on_one_study_are_refused(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ax"])
+@pytest.mark.parametrize("engine", ["botorch"])
 def test_kill_nine_at_any_moment_of_the_whole_command(engine, family, tmp_path):
     """From start-up to writing the checkpoint: whatever is killed, --resume ends in the same study and model."""
     recipe = family.yaml(tmp_path / "r.yaml", engine=engine, anchor="average", groups="global")

@@ -11,12 +11,17 @@ import torch
 
 from bmm.errors import RecipeError, StudyError
 from bmm.records import Trial
-from bmm.search import engine as engine_module
-from bmm.search.engine import ENGINES, SOBOL_TRIALS, AxEngine, SobolEngine, build_engine
+from bmm.search.engine import ENGINES, build_engine
+from bmm.search.engines import ax as ax_module
+from bmm.search.engines.ax import AxEngine
+from bmm.search.engines.botorch import TASK_MODEL_TRIALS, BotorchEngine
+from bmm.search.engines.common import SOBOL_TRIALS, SobolEngine
 from bmm.search.space import Space
-from tests.search.problem import SPACE
+from tests.search.problem import REFERENCE, SPACE
 from tests.search.study_rows import rows_of
 
+MODELS = [name for name in ENGINES if name != "sobol"]
+SHARES = {task: 1 / value / len(REFERENCE) for task, value in REFERENCE.items()}
 ODD_SPACE = Space.for_groups(["encoder.layers/0-3 (q, k)", "x0", "mean"])
 
 
@@ -28,25 +33,25 @@ def units(rows, space=SPACE):
 def test_contract_of_every_engine(name):
     """Points inside the box, a pure function of space, seed and rows, another for another seed."""
     rows = rows_of(SPACE, 9)
-    suggestion = build_engine(name, SPACE, 3).ask(rows)
+    suggestion = build_engine(name, SPACE, 3, SHARES).ask(rows)
     assert not suggestion.notice
     assert all(p.low <= suggestion.point[p.name] <= p.high for p in SPACE.parameters)
     assert suggestion.point.keys() == {p.name for p in SPACE.parameters}
-    used = build_engine(name, SPACE, 3)
+    used = build_engine(name, SPACE, 3, SHARES)
     used.ask(rows[:8])
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002  another state of the global generators
     assert used.ask(rows) == suggestion
-    assert build_engine(name, SPACE, 4).ask(rows).point != suggestion.point
+    assert build_engine(name, SPACE, 4, SHARES).ask(rows).point != suggestion.point
     number = len(rows)
     repeated = Trial(number, "search", "failed", SPACE.to_hyperparameters(suggestion.point), error="OOM")
-    assert build_engine(name, SPACE, 3).ask([*rows, repeated]).point != suggestion.point
+    assert build_engine(name, SPACE, 3, SHARES).ask([*rows, repeated]).point != suggestion.point
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_leaves_the_process_as_it_was(name):
     rows = rows_of(SPACE, 9)
-    build_engine(name, SPACE, 0).ask(rows)  # the imports' own side effects on loggers are not at stake
+    build_engine(name, SPACE, 0, SHARES).ask(rows)  # the imports' own side effects on loggers are not at stake
     torch.manual_seed(5)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -67,7 +72,7 @@ def test_an_engine_leaves_the_process_as_it_was(name):
 
     before = state()
     with torch.inference_mode():
-        inside = build_engine(name, SPACE, 0).ask(rows)
+        inside = build_engine(name, SPACE, 0, SHARES).ask(rows)
     assert not inside.notice
     assert state() == before
     torch.set_num_threads(threads)
@@ -80,38 +85,50 @@ def test_sobol_points_fill_the_box_evenly():
         assert np.bincount(np.minimum(column * 8, 7).astype(int), minlength=8).tolist() == [8] * 8
 
 
-def test_the_first_points_are_quasi_random_and_failures_do_not_use_them_up():
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_points_are_quasi_random_and_failures_do_not_use_them_up(name):
     rows = rows_of(SPACE, 2 + SOBOL_TRIALS)
-    engine, sobol = AxEngine(SPACE, 7), SobolEngine(SPACE, 7)
+    engine, sobol = build_engine(name, SPACE, 7, SHARES), SobolEngine(SPACE, 7)
     for count in range(2, len(rows)):
         assert engine.ask(rows[:count]) == sobol.ask(rows[:count])
     failed = [*rows[:-1], replace(rows[-1], status="failed", objective=None, scores={})]
     assert engine.ask(failed) == sobol.ask(failed)
 
 
-def test_names_with_a_meaning_to_ax_and_an_anchor_at_infinity_are_no_trouble():
-    suggestion = AxEngine(ODD_SPACE, 0).ask(rows_of(ODD_SPACE, 8))
+@pytest.mark.parametrize("name", MODELS)
+def test_names_with_a_meaning_to_ax_and_an_anchor_at_infinity_are_no_trouble(name):
+    suggestion = build_engine(name, ODD_SPACE, 0, SHARES).ask(rows_of(ODD_SPACE, 8))
     assert not suggestion.notice
     assert suggestion.point.keys() == {p.name for p in ODD_SPACE.parameters}
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shares", [{}, SHARES], ids=["objective", "tasks"])
 @pytest.mark.parametrize("values", ["equal", "huge", "tiny"])
-def test_objectives_of_any_scale(values):
+def test_objectives_of_any_scale(name, shares, values):
     rows = [row for row in rows_of(SPACE, 10) if row.status == "completed"]
     scale = {"equal": 0.0, "huge": 1e12, "tiny": 1e-12}[values]
-    rows = [replace(row, objective=0.5 + scale * row.objective) for row in rows]
-    suggestion = AxEngine(SPACE, 0).ask(rows)
+    rows = [
+        replace(
+            row,
+            objective=0.5 + scale * row.objective,
+            scores={task: 0.5 + scale * value for task, value in row.scores.items()},
+        )
+        for row in rows
+    ]
+    suggestion = build_engine(name, SPACE, 0, shares).ask(rows)
     assert not suggestion.notice
     assert all(p.low <= suggestion.point[p.name] <= p.high for p in SPACE.parameters)
 
 
-def test_failed_and_pending_rows_are_taken_and_avoided():
+@pytest.mark.parametrize("name", MODELS)
+def test_failed_and_pending_rows_are_taken_and_avoided(name):
     rows = rows_of(SPACE, 10)
-    plain = AxEngine(SPACE, 0).ask(rows)
+    plain = build_engine(name, SPACE, 0, SHARES).ask(rows)
     hyperparameters = SPACE.to_hyperparameters(plain.point)
     for status in ("failed", "pending"):
         row = Trial(10, "search", status, hyperparameters)
-        after = AxEngine(SPACE, 0).ask([*rows, row])
+        after = build_engine(name, SPACE, 0, SHARES).ask([*rows, row])
         assert not after.notice
         distance = np.abs(SPACE.to_unit(after.point) - SPACE.to_unit(plain.point)).max()
         assert distance > 1e-3
@@ -150,7 +167,7 @@ class StubClient:
 )
 def test_where_ax_fails_a_quasi_random_point_is_taken_and_noted(monkeypatch, answer, said):
     monkeypatch.setattr(StubClient, "answer", answer)
-    monkeypatch.setattr(engine_module, "_import_ax", lambda: (StubClient, lambda **kwargs: None))
+    monkeypatch.setattr(ax_module, "_import_ax", lambda: (StubClient, lambda **kwargs: None))
     rows = rows_of(SPACE, 9)
     assert rows[4].hyperparameters == SPACE.to_hyperparameters(SobolEngine(SPACE, 0).ask(rows[:4]).point)
     suggestion = AxEngine(SPACE, 0).ask(rows)
@@ -163,10 +180,23 @@ def test_where_ax_fails_a_quasi_random_point_is_taken_and_noted(monkeypatch, ans
     assert AxEngine(SPACE, 0).ask(later).point != suggestion.point
 
 
-def test_a_broken_installation_of_ax_is_an_error_not_a_random_search(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ax.api.client", None)
+@pytest.mark.parametrize(("name", "module"), [("ax", "ax.api.client"), ("botorch", "botorch.acquisition.logei")])
+def test_a_broken_installation_is_an_error_not_a_random_search(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(StudyError, match="cannot be loaded"):
-        AxEngine(SPACE, 0).ask(rows_of(SPACE, 9))
+        build_engine(name, SPACE, 0, SHARES).ask(rows_of(SPACE, 9))
+
+
+def test_few_trials_are_modelled_by_task_and_many_by_their_objective():
+    engine = BotorchEngine(SPACE, 0, SHARES)
+    rows = [row for row in rows_of(SPACE, TASK_MODEL_TRIALS + 8) if row.status == "completed"]
+    few = [row.objective for row in rows[: TASK_MODEL_TRIALS - 1]]
+    scores, coefficients = engine._outcomes(rows[: len(few)])
+    assert scores.shape == (len(REFERENCE), len(few))
+    np.testing.assert_allclose(coefficients @ scores, few, rtol=1e-12)
+    objective, one = engine._outcomes(rows[:TASK_MODEL_TRIALS])
+    assert one.tolist() == [1.0]
+    assert objective.tolist() == [[row.objective for row in rows[:TASK_MODEL_TRIALS]]]
 
 
 def test_unknown_engine():
@@ -188,29 +218,31 @@ def test_importing_the_search_loads_no_engine():
 
 
 @pytest.mark.slow
-def test_ax_and_botorch_say_nothing():
+def test_engines_say_nothing():
     code = (
         "import sys\n"
-        "from bmm.search.engine import AxEngine\n"
+        "from bmm.search.engine import build_engine\n"
         "from tests.search.problem import SPACE\n"
         "from tests.search.study_rows import rows_of\n"
         "for count in (7, 12):\n"
         "    rows = rows_of(SPACE, count)\n"
-        "    assert not AxEngine(SPACE, 0).ask(rows + rows[:1] * 3).notice\n"
-        "assert 'ax' in sys.modules"
+        "    for name in ('ax', 'botorch'):\n"
+        "        assert not build_engine(name, SPACE, 0).ask(rows + rows[:1] * 3).notice\n"
+        "assert {'ax', 'botorch'} <= set(sys.modules)"
     )
     assert run_python(code) == (0, "", "")
 
 
 @pytest.mark.slow
-def test_ax_beats_sobol_on_a_smooth_function():
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_beats_sobol_on_a_smooth_function(name):
     space = Space.for_groups(["attention", "mlp"])
 
     def best(rows):
         return max(row.objective for row in rows if row.status == "completed")
 
     start, optimum = best(rows_of(space, 2)), 1 / (1 + np.exp(-3))
-    gains = np.array([[best(rows_of(space, 22, e, s)) for e in ("ax", "sobol")] for s in range(3)])
+    gains = np.array([[best(rows_of(space, 22, e, s)) for e in (name, "sobol")] for s in range(3)])
     gains = (gains - start) / (optimum - start)  # (seeds, engines)
     assert (gains[:, 0] > gains[:, 1]).all(), gains
     assert gains[:, 0].mean() > max(0.9, gains[:, 1].mean() + 0.04), gains

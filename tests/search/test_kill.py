@@ -10,6 +10,7 @@ import pytest
 
 from bmm.errors import StudyError
 from bmm.search.database import StudyDatabase
+from bmm.search.engine import ENGINES
 from tests.search import problem
 
 ROOT = Path(__file__).parents[2]
@@ -68,13 +69,14 @@ def test_twenty_two_kills_of_a_sobol_study(tmp_path):
 
 
 @pytest.mark.slow
-def test_kills_of_an_ax_study(tmp_path):
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "sobol"])
+def test_kills_of_a_model_based_study(engine, tmp_path):
     budget, random_moment = 12, random.Random(12)
-    whole, notices = finish(tmp_path / "whole.db", "ax", budget)
+    whole, notices = finish(tmp_path / "whole.db", engine, budget)
     assert not notices
     path = tmp_path / "killed.db"
     for target in (8, 9, 10, 11):  # in the model-based part: while suggesting, committing or evaluating a trial
-        process = start(path, "ax", budget, 0.3)
+        process = start(path, engine, budget, 0.3)
         deadline = time.monotonic() + 120
         while len(rows(path)) < target:
             assert process.poll() is None
@@ -83,6 +85,6 @@ def test_kills_of_an_ax_study(tmp_path):
         time.sleep(random_moment.uniform(0, 0.8))
         assert kill(process)
     assert len(rows(path)) <= budget
-    resumed, notices = finish(path, "ax", budget)
+    resumed, notices = finish(path, engine, budget)
     assert problem.outcomes(resumed) == problem.outcomes(whole)
     assert not notices

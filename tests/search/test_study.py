@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bmm.errors import RecipeError, StudyError
 from bmm.records import Hyperparameters, Trial
 from bmm.search.database import StudyDatabase
-from bmm.search.engine import SobolEngine
+from bmm.search.engines.common import SobolEngine
 from bmm.search.space import Space
 from bmm.search.study import best, objective, run_study
 from tests.search import problem
@@ -257,9 +257,9 @@ def test_notices_of_the_engine_are_kept(path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_ax_study_interrupted_twice_equals_the_whole_one(tmp_path, path):
-    whole = study(tmp_path / "whole.db", engine="ax", budget=11)
-    study(path, engine="ax", budget=8)
-    study(path, engine="ax", budget=9)
-    assert outcomes(study(path, engine="ax", budget=11)) == outcomes(whole)
+def test_a_model_based_study_interrupted_twice_equals_the_whole_one(tmp_path, path):
+    whole = study(tmp_path / "whole.db", engine="botorch", budget=11)
+    study(path, engine="botorch", budget=8)
+    study(path, engine="botorch", budget=9)
+    assert outcomes(study(path, engine="botorch", budget=11)) == outcomes(whole)
     assert best(whole).kind == "search"
