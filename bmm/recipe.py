@@ -85,6 +85,12 @@ class Recipe:
     engine: str = _key(
         "botorch", "What proposes the next trial: botorch (Bayesian optimisation), ax (Ax as it comes) or sobol."
     )
+    early_stopping: float = _key(
+        0.0,
+        "Stop a trial that is the best with a probability below this, by the tasks so far; 0: never.",
+        low=0,
+        high=0.5,
+    )
     seed: int = _key(0, "Seed of every random draw.", low=0)
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")

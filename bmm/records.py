@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-TrialStatus = Literal["pending", "completed", "failed"]
+TrialStatus = Literal["pending", "completed", "stopped", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
 
 
@@ -76,7 +76,8 @@ class Trial:
     """One row of a study.
 
     ``scores`` are raw validation scores by task (higher is better), ``objective`` their normalised mean
-    (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's.
+    (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's. A stopped trial has
+    the scores of some tasks only, and the objective that was forecast from them.
     """
 
     number: int

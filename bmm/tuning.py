@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,11 @@ def tune_recipe(
     inputs = run.pool.fingerprint()
     space = search_space(run, prepared.groups)
 
-    def evaluate(point: Hyperparameters) -> dict[str, float]:
-        return {s.task: s.value for s in run.score(prepared.merge(point), "validation")}
+    def evaluate(point: Hyperparameters) -> Mapping[str, float]:
+        merged = prepared.merge(point)
+        if recipe.early_stopping:
+            return ScoresOnDemand(run, merged)
+        return {s.task: s.value for s in run.score(merged, "validation")}
 
     database = (
         StudyDatabase.open(out / STUDY)
@@ -107,11 +110,29 @@ def tune_recipe(
                 budget=recipe.budget,
                 seed=recipe.seed,
                 engine=recipe.engine,
+                early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
                 on_trial=on_trial,
                 should_stop=should_stop,
             )
         return finish(run, prepared, trials, experts, seconds)
+
+
+class ScoresOnDemand(Mapping[str, float]):
+    """A merged model's validation scores by task, each measured when it is read."""
+
+    def __init__(self, run: Run, tensors: StateDict) -> None:
+        self._run, self._tensors = run, tensors
+        self._tasks = {task.name: task for task in run.tasks}
+
+    def __getitem__(self, task: str) -> float:
+        return self._run.score(self._tensors, "validation", [self._tasks[task]])[0].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
 
 def search_space(run: Run, groups: list[str]) -> Space:

@@ -18,7 +18,7 @@ GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
-SEARCH = ("log10_lam", "rho", "search", "budget", "engine", "seed", "out")
+SEARCH = ("log10_lam", "rho", "search", "budget", "engine", "early_stopping", "seed", "out")
 
 
 def _default(key: Field[Any]) -> Any:

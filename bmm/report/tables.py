@@ -68,7 +68,7 @@ def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Trials as flat rows with the best objective so far."""
     best, rows = -math.inf, []
     for t in trials:
-        if t.objective is not None:
+        if t.objective is not None and t.status == "completed":
             best = max(best, t.objective)
         rows.append(
             {
@@ -127,6 +127,9 @@ def text_report(result: StudyResult) -> str:
     split: Literal["validation", "test"] = "test" if result.test else "validation"
     done = [t for t in result.trials if t.status == "completed"]
     failed = [t for t in result.trials if t.status == "failed"]
+    stopped = [t for t in result.trials if t.status == "stopped"]
+    tasks = len(result.best.scores)
+    saved = sum(tasks - len(t.scores) for t in stopped)
     parts = [
         f"## {split.capitalize()} accuracy (%)",
         score_table(getattr(result, split)),
@@ -134,6 +137,11 @@ def text_report(result: StudyResult) -> str:
         "## Best trial",
         f"trial {result.best.number} ({result.best.kind}) of {len(done)} completed"
         + (f", {len(failed)} failed" if failed else "")
+        + (
+            f", {len(stopped)} stopped early ({saved} of {tasks * len(result.trials)} task scores saved)"
+            if stopped
+            else ""
+        )
         + f"; validation objective {result.best.objective:.4f}",
         hyperparameter_table(result.hyperparameters),
     ]

@@ -14,6 +14,7 @@ from bmm.records import Hyperparameters, Trial, TrialKind
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
 from bmm.search.space import Space
+from bmm.search.stopping import Stopper
 
 Evaluate = Callable[[Hyperparameters], Mapping[str, float]]
 OnTrial = Callable[[Trial, Trial | None], None]
@@ -31,6 +32,7 @@ def run_study(
     seed: int,
     engine: str = "botorch",
     weights: Mapping[str, float] | None = None,
+    early_stopping: float = 0.0,
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Trial]:
@@ -40,6 +42,10 @@ def run_study(
     task's score of its own expert. The objective, maximised, is the mean over tasks of score / reference, weighted by
     ``weights`` where given. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
     budget. Trials left pending by a killed run are evaluated again under their number before anything else.
+
+    With ``early_stopping`` above zero a trial's tasks are read from the mapping one by one, in an order of its own,
+    and the trial is stopped where the probability that it becomes the best falls below that value
+    (`bmm.search.stopping`): give a mapping that scores a task when it is read.
 
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
@@ -53,7 +59,9 @@ def run_study(
         raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
-    suggester = build_engine(engine, space, seed, {t: shares[t] / reference[t] for t in reference})
+    coefficients = {t: shares[t] / reference[t] for t in reference}
+    suggester = build_engine(engine, space, seed, coefficients)
+    stopper = Stopper(coefficients, seed, early_stopping) if early_stopping else None
     _claim(
         database,
         {
@@ -62,7 +70,8 @@ def run_study(
             "space": space.to_json(),
             "reference": {t: float(v) for t, v in reference.items()},
             "weights": shares,
-        },
+        }
+        | ({"early_stopping": early_stopping} if early_stopping else {}),
     )
     trials = database.trials()
     if len(trials) > budget:
@@ -80,7 +89,7 @@ def run_study(
             trials.append(trial)
         else:
             break
-        outcome = _evaluated(trial, evaluate, reference, shares)
+        outcome = _evaluated(trial, evaluate, reference, shares, stopper, trials)
         database.finish(outcome)
         trials[trials.index(trial)] = outcome
         if on_trial is not None:
@@ -116,10 +125,23 @@ def _begin(database: StudyDatabase, suggester: Engine, space: Space, trials: Seq
     return trial
 
 
-def _evaluated(trial: Trial, evaluate: Evaluate, reference: Mapping[str, float], weights: Mapping[str, float]) -> Trial:
+def _evaluated(
+    trial: Trial,
+    evaluate: Evaluate,
+    reference: Mapping[str, float],
+    weights: Mapping[str, float],
+    stopper: Stopper | None = None,
+    trials: Sequence[Trial] = (),
+) -> Trial:
     started = time.perf_counter()
     try:
-        scores = {task: float(value) for task, value in evaluate(trial.hyperparameters).items()}
+        found = evaluate(trial.hyperparameters)
+        if stopper is not None:
+            found, forecast = stopper.scores(trial, trials, found)
+            if forecast is not None:
+                seconds = time.perf_counter() - started
+                return replace(trial, status="stopped", scores=found, objective=forecast.mean, seconds=seconds)
+        scores = {task: float(value) for task, value in found.items()}
         if wrong := sorted(scores.keys() ^ reference.keys()):
             raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         if bad := {task: value for task, value in scores.items() if not math.isfinite(value)}:
@@ -161,9 +183,9 @@ def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
         database.set_meta(_IDENTITY, identity)
         return
     identity = json.loads(json.dumps(identity))
-    if changed := [key for key in identity if identity[key] != recorded.get(key)]:
+    if changed := [key for key in identity | recorded if identity.get(key) != recorded.get(key)]:
         key = changed[0]
-        detail = f": {recorded.get(key)} there, {identity[key]} here" if key in ("seed", "engine") else ""
+        detail = f": {recorded.get(key)} there, {identity.get(key)} here" if key in ("seed", "engine") else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",
             "resume with the original recipe (only the budget may grow), or start a new study",
