@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import bmm
+
 TrialStatus = Literal["pending", "completed", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
 
@@ -127,6 +129,10 @@ class StudyResult:
         """(best - anchor) / (experts - anchor) of the mean scores; NaN where the experts do not beat the anchor."""
         anchor, experts = self.mean("anchor", split), self.mean("experts", split)
         return (self.mean("best", split) - anchor) / (experts - anchor) if experts > anchor else math.nan
+
+    def analysis(self) -> bmm.analysis.Analysis:
+        """What the trials tell of the hyperparameters and of themselves: `bmm.analyse` of this result."""
+        return bmm.analyse(self)
 
     def to_json(self) -> dict[str, Any]:
         return {
