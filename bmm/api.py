@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool, open_checkpoint
-from .errors import MergeError, RecipeError, did_you_mean
+from .errors import MergeError, RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
@@ -24,6 +25,7 @@ from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
 from .run import Run
 from .search.database import StudyDatabase
+from .search.space import Space
 from .statistics import anchor_needs
 from .trajectory import average
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
@@ -267,6 +269,24 @@ def load_study(path: str | Path) -> StudyResult:
     return load_result(path)
 
 
+def analyse(study: StudyResult | str | Path) -> Analysis:
+    """What a study's completed trials tell: which hyperparameters mattered and how, and how sure the best is.
+
+    Args:
+        study: the folder of a tuning run, finished or not, or its result (whose "study" path must still be right).
+
+    Raises:
+        StudyError: no study there, or fewer than 8 completed trials.
+    """
+    path = study_file(study.paths.get("study", "") if isinstance(study, StudyResult) else study)
+    with StudyDatabase.open(path, readonly=True) as database:
+        meta, trials = database.meta(), database.trials()
+    if "search" not in meta:
+        raise StudyError(f"{path} has no trial yet", f"continue it with `bmm tune --resume {path.parent}`")
+    trials = study.trials if isinstance(study, StudyResult) else trials
+    return analyse_rows(trials, Space.from_json(meta["search"]["space"]), meta["search"]["reference"])
+
+
 def _open(
     recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True, check: bool = True
 ) -> Run:
@@ -294,4 +314,7 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
     return {g: float(value) for g in groups}
 
 
-__all__ = ["align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "tune"]
+__all__ = [
+    "align", "analyse", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct",
+    "tune",
+]  # fmt: skip

@@ -129,6 +129,12 @@ class StudyResult:
         anchor, experts = self.mean("anchor", split), self.mean("experts", split)
         return (self.mean("best", split) - anchor) / (experts - anchor) if experts > anchor else math.nan
 
+    def analysis(self) -> Any:
+        """What the trials tell of the hyperparameters and of themselves: the `bmm.analysis.Analysis` of `bmm.analyse`."""
+        import bmm  # a convenience that looks up at the whole package
+
+        return bmm.analyse(self)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "best": self.best.to_json(),

@@ -228,7 +228,7 @@ def load_result(folder: str | Path) -> StudyResult:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise StudyError(f"{finished} is damaged", f"`bmm tune --resume {path.parent}` writes it again") from error
         if len(result.trials) == len(trials):
-            return result
+            return replace(result, paths=result.paths | {"study": str(path)})
     if not any(t.status == "completed" for t in trials):
         raise StudyError(f"{path} has no completed trial yet", f"continue it with `bmm tune --resume {path.parent}`")
     winner = best(trials)

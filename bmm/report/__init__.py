@@ -1,6 +1,16 @@
 """Results for people to read."""
 
 from .card import average_card, merge_card, study_card, versions
+from .figures import (
+    effects_figure,
+    group_label,
+    importance_figure,
+    parameter_label,
+    prediction_figure,
+    progress_figure,
+    trust,
+    write_figures,
+)
 from .methods import knob_range, method_page, methods_index, write_pages
 from .tables import (
     gap_error,
@@ -15,7 +25,8 @@ from .tables import (
 )
 
 __all__ = [
-    "average_card", "gap_error", "gap_line", "knob_range", "markdown", "mean_and_error", "merge_card", "method_page",
-    "methods_index", "percent", "score_table", "study_card", "text_report", "trial_rows", "trial_table", "versions",
-    "write_pages",
+    "average_card", "effects_figure", "gap_error", "gap_line", "group_label", "importance_figure", "knob_range",
+    "markdown", "mean_and_error", "merge_card", "method_page", "methods_index", "parameter_label", "percent",
+    "prediction_figure", "progress_figure", "score_table", "study_card", "text_report", "trial_rows", "trial_table",
+    "trust", "versions", "write_figures", "write_pages",
 ]  # fmt: skip
