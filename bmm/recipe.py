@@ -16,7 +16,7 @@ import yaml
 
 from . import anchors
 from .errors import RecipeError, did_you_mean
-from .groups import SCHEMES
+from .groups import AUTO, SCHEMES
 
 GRAMS = ("data", "datafree", "hybrid")
 FISHERS = ("auto", "sampled", "true")
@@ -70,7 +70,11 @@ class Recipe:
     weights: dict[str, float] = _key(
         dict, "Task weights in merge, regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
     )
-    groups: str = _key("depth", "What shares one (lam, rho) pair.", choices=SCHEMES)
+    groups: str = _key(
+        "depth",
+        "What shares one (lam, rho) pair; auto: by role and depth, as fine as the budget allows.",
+        choices=(*SCHEMES, AUTO),
+    )
     bands: int = _key(4, "Depth bands when groups is depth or bands.", low=1)
     group: dict[str, str] = _key(dict, "Override a module's group: PATTERN=GROUP.", mapping="str")
     log10_lam: tuple[float, float] = _key((-4.0, 3.0), "Range of log10(lam), the prior's precision.", pair=True)

@@ -130,7 +130,7 @@ class StudyResult:
         return (self.mean("best", split) - anchor) / (experts - anchor) if experts > anchor else math.nan
 
     def analysis(self) -> Any:
-        """What the trials tell of the hyperparameters and of themselves: the `bmm.analysis.Analysis` of `bmm.analyse`."""
+        """What the trials tell of the hyperparameters and of themselves: see `bmm.analyse`."""
         import bmm  # a convenience that looks up at the whole package
 
         return bmm.analyse(self)

@@ -72,6 +72,7 @@ def tune_recipe(
     seconds: dict[str, float] = {}
     with stopwatch(seconds, "open"):
         run = Run(recipe, tasks=tasks, model=model, progress=progress)
+    recipe = run.recipe
     with stopwatch(seconds, "experts"):
         experts = run.score_experts("validation")
     with stopwatch(seconds, "prepare"):
