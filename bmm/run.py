@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import anchors, zoo
 from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
 from .errors import RecipeError, WriteError
-from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
+from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, swapped
+from .evaluation.outputs import SteadyBatches, task_outputs
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
 from .grams.store import flat, source_of
@@ -82,8 +83,10 @@ class Run:
             raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.py:FUNCTION")
         self.tasks: list[Task] = []
         if tasks is not None:
-            by_name = {t.name: t for t in check_tasks(tasks, self.experts)}
+            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
             self.tasks = [by_name[name] for name in self.experts]
+        agree = recipe.objective == "agreement"
+        self._judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
@@ -309,15 +312,20 @@ class Run:
     # -- scores --------------------------------------------------------------------------------------------------
 
     def score(self, tensors: Tensors, split: Any = "validation", tasks: Sequence[Task] | None = None) -> list[Score]:
-        """Scores of one model on every task (or the given ones)."""
-        return score_tasks(
-            self.skeleton,
-            self._renamed(self.pool.with_ties(tensors)),
-            self.tasks if tasks is None else tasks,
-            split,
-            device=self.device,
-            autocast=self.recipe.autocast,
-        )
+        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``objective``
+        says, else the tasks' own."""
+        asked = self.tasks if tasks is None else tasks
+        judged = [self._judged.get(t.name, t) for t in asked] if split == "validation" else asked
+        return score_tasks(tasks=judged, split=split, **self._loaded(tensors))
+
+    def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches) -> list[Tensor]:
+        """The logits of one model, batch by batch; see `task_outputs`."""
+        return task_outputs(task=task, batches=batches, **self._loaded(tensors))
+
+    def _loaded(self, tensors: Tensors) -> dict[str, Any]:
+        skeleton = self.skeleton  # before the names: building it finds its own
+        named = self._renamed(self.pool.with_ties(tensors))
+        return {"model": skeleton, "tensors": named, "device": self.device, "autocast": self.recipe.autocast}
 
     def score_experts(self, split: Any = "validation") -> list[Score]:
         """Each task's score by its own expert, measured once a split."""

@@ -108,6 +108,7 @@ def tune_recipe(
                 seed=recipe.seed,
                 engine=recipe.engine,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
+                objective_name=recipe.objective,
                 on_trial=on_trial,
                 should_stop=should_stop,
             )

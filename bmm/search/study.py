@@ -31,6 +31,7 @@ def run_study(
     seed: int,
     engine: str = "botorch",
     weights: Mapping[str, float] | None = None,
+    objective_name: str = "labels",
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Trial]:
@@ -38,15 +39,17 @@ def run_study(
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
     task's score of its own expert. The objective, maximised, is the mean over tasks of score / reference, weighted by
-    ``weights`` where given. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
-    budget. Trials left pending by a killed run are evaluated again under their number before anything else.
+    ``weights`` where given; ``objective_name`` says what kind of scores they are. Trial 0 is the anchor and trial 1
+    the default; both, and failed trials, count in the budget. Trials left pending by a killed run are evaluated again
+    under their number before anything else.
 
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
     each evaluation; ``should_stop`` is asked before each.
 
     Raises `RecipeError` for a reference, weight, budget or engine that makes no sense, `StudyError` where the
-    database holds another search (seed, space, reference, weights, engine) or where anchor and default both failed.
+    database holds another search (seed, space, reference, weights, engine, objective), or where anchor and default
+    both failed.
     """
     shares = shares_of(reference, weights)
     if budget < 1:
@@ -62,6 +65,7 @@ def run_study(
             "space": space.to_json(),
             "reference": {t: float(v) for t, v in reference.items()},
             "weights": shares,
+            "objective": objective_name,
         },
     )
     trials = database.trials()
@@ -160,10 +164,11 @@ def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
     if recorded is None:
         database.set_meta(_IDENTITY, identity)
         return
+    recorded = {"objective": "labels"} | recorded  # studies that are older than the choice
     identity = json.loads(json.dumps(identity))
     if changed := [key for key in identity if identity[key] != recorded.get(key)]:
         key = changed[0]
-        detail = f": {recorded.get(key)} there, {identity[key]} here" if key in ("seed", "engine") else ""
+        detail = f": {recorded.get(key)} there, {identity[key]} here" if key in ("seed", "engine", "objective") else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",
             "resume with the original recipe (only the budget may grow), or start a new study",
