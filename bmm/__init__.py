@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import anchors, grams, rebasin, solver
-    from .api import align, average, collect_grams, evaluate, load_study, merge, reconstruct, tune
+    from .api import align, average, calibrate, collect_grams, evaluate, load_study, merge, reconstruct, tune
     from .errors import BmmError
     from .evaluation import Task
     from .recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "align": "api", "average": "api", "tune": "api", "merge": "api", "evaluate": "api", "collect_grams": "api",
-    "load_study": "api", "reconstruct": "api",
+    "calibrate": "api", "load_study": "api", "reconstruct": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
@@ -28,7 +28,8 @@ _MODULES = {"anchors", "grams", "rebasin", "solver"}
 
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align", "anchors",
-    "average", "collect_grams", "evaluate", "grams", "load_study", "merge", "rebasin", "reconstruct", "solver", "tune",
+    "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study", "merge", "rebasin", "reconstruct",
+    "solver", "tune",
 ]  # fmt: skip
 
 

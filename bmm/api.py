@@ -17,6 +17,7 @@ from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
 from .notation import StateDict
+from .posterior import calibrate
 from .progress import Progress, silent
 from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
@@ -294,4 +295,15 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
     return {g: float(value) for g in groups}
 
 
-__all__ = ["align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "tune"]
+__all__ = [
+    "align",
+    "average",
+    "calibrate",
+    "collect_grams",
+    "evaluate",
+    "load_study",
+    "make_recipe",
+    "merge",
+    "reconstruct",
+    "tune",
+]

@@ -318,9 +318,9 @@ class Run:
         judged = [self._judged.get(t.name, t) for t in asked] if split == "validation" else asked
         return score_tasks(tasks=judged, split=split, **self._loaded(tensors))
 
-    def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches) -> list[Tensor]:
+    def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches, finite: bool = True) -> list[Tensor]:
         """The logits of one model, batch by batch; see `task_outputs`."""
-        return task_outputs(task=task, batches=batches, **self._loaded(tensors))
+        return task_outputs(task=task, batches=batches, finite=finite, **self._loaded(tensors))
 
     def _loaded(self, tensors: Tensors) -> dict[str, Any]:
         skeleton = self.skeleton  # before the names: building it finds its own

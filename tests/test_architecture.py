@@ -33,6 +33,7 @@ LAYERS = [
     ["run"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
+    ["posterior"],
     ["api"],
     ["__init__"],
 ]

@@ -53,7 +53,7 @@ def test_what_it_writes_says_what_the_scores_are(whole):
 
 def test_resuming_goes_on_with_the_same_trials(whole, keys, unlabelled, tmp_path):
     bmm.tune(keys, tasks=unlabelled, budget=3, out=str(tmp_path / "r"))
-    long = bmm.tune(resume=tmp_path / "r", tasks=unlabelled, model=keys["model"], budget=6)
+    long = bmm.tune(resume=tmp_path / "r", tasks=unlabelled, budget=6)
     assert [(t.hyperparameters, t.scores) for t in long.trials] == [(t.hyperparameters, t.scores) for t in whole.trials]
     assert long.test == whole.test
 

@@ -55,27 +55,29 @@ def task_outputs(
     *,
     device: torch.device | str = "cpu",
     autocast: str = "none",
+    finite: bool = True,
 ) -> list[Tensor]:
     """What ``tensors`` in ``model`` give for the inputs of each batch, on the CPU and in their own dtype.
 
-    Raises `RecipeError` where the task's forward fails, or gives no logits: finite floating numbers (n, ..., classes).
+    Raises `RecipeError` where the task's forward fails, or gives no logits: floating numbers (n, ..., classes), which
+    are to be ``finite`` unless the model may be a broken one.
     """
     dtype, found = AUTOCAST[autocast], []
     with swapped(model, tensors, device), torch.inference_mode():
         for inputs, _ in batches:
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None), failing_by_name(task):
                 outputs = task.forward(model, to_device(inputs, device))
-            _require_logits(task, outputs)
+            _require_logits(task, outputs, finite)
             found.append(outputs.cpu())
     return found
 
 
-def _require_logits(task: Task, outputs: Any) -> None:
+def _require_logits(task: Task, outputs: Any, finite: bool) -> None:
     if not isinstance(outputs, Tensor):
         what = type(outputs).__name__
     elif not outputs.is_floating_point() or outputs.dim() < 2 or outputs.shape[-1] < 2:
         what = f"{outputs.dtype} of shape {tuple(outputs.shape)}"
-    elif not bool(torch.isfinite(outputs).all()):
+    elif finite and not bool(torch.isfinite(outputs).all()):
         what = "numbers that are not finite"
     else:
         return

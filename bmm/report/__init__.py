@@ -1,5 +1,6 @@
 """Results for people to read."""
 
+from .calibration import calibration_report
 from .card import average_card, merge_card, study_card, versions
 from .methods import knob_range, method_page, methods_index, write_pages
 from .tables import (
@@ -15,7 +16,7 @@ from .tables import (
 )
 
 __all__ = [
-    "average_card", "gap_error", "gap_line", "knob_range", "markdown", "mean_and_error", "merge_card", "method_page",
-    "methods_index", "percent", "score_table", "study_card", "text_report", "trial_rows", "trial_table", "versions",
-    "write_pages",
+    "average_card", "calibration_report", "gap_error", "gap_line", "knob_range", "markdown", "mean_and_error",
+    "merge_card", "method_page", "methods_index", "percent", "score_table", "study_card", "text_report", "trial_rows",
+    "trial_table", "versions", "write_pages",
 ]  # fmt: skip
