@@ -5,9 +5,9 @@
     python benchmarks/labelfree.py --print           the table of the cells that are there
 
 Both search on the same validation images; the objective "agreement" is given them without their labels. Test data are
-scored once a finished study. Cells are files in --work, as in zoo.py, whose cells of the labelled studies serve here too.
-Errors are binomial standard errors of the mean over tasks, "sd" the standard deviation over seeds; "seeds better" counts
-the seeds whose test accuracy is above the anchor's.
+scored once a finished study. Cells are files in --work, as in zoo.py, whose cells of labelled studies serve here too.
+Errors are binomial standard errors of the mean over tasks, "sd" the standard deviation over seeds; "seeds better"
+counts the seeds whose test accuracy is above the anchor's.
 """
 
 from __future__ import annotations
