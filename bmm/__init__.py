@@ -12,24 +12,35 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import analysis, anchors, grams, rebasin, solver
-    from .api import align, analyse, average, collect_grams, evaluate, load_study, merge, reconstruct, tune
+    from .api import (  # fmt: skip
+        align,
+        analyse,
+        average,
+        calibrate,
+        collect_grams,
+        evaluate,
+        load_study,
+        merge,
+        reconstruct,
+        tune,
+    )
     from .errors import BmmError
     from .evaluation import Task
     from .recipe import Recipe
     from .records import Hyperparameters, Score, StudyResult, Trial
 
 _HOMES = {
-    "align": "api", "analyse": "api", "average": "api", "tune": "api", "merge": "api", "evaluate": "api",
-    "collect_grams": "api", "load_study": "api", "reconstruct": "api",
+    "align": "api", "analyse": "api", "average": "api", "calibrate": "api", "collect_grams": "api",
+    "evaluate": "api", "load_study": "api", "merge": "api", "reconstruct": "api", "tune": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
 _MODULES = {"analysis", "anchors", "grams", "rebasin", "solver"}
 
 __all__ = [
-    "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align", "analyse",
-    "analysis", "anchors", "average", "collect_grams", "evaluate", "grams", "load_study", "merge", "rebasin",
-    "reconstruct", "solver", "tune",
+    "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align",
+    "analyse", "analysis", "anchors", "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study",
+    "merge", "rebasin", "reconstruct", "solver", "tune",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
 from .notation import StateDict
+from .posterior import calibrate
 from .progress import Progress, silent
 from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
@@ -315,6 +316,6 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
 
 
 __all__ = [
-    "align", "analyse", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct",
-    "tune",
+    "align", "analyse", "average", "calibrate", "collect_grams", "evaluate", "load_study", "make_recipe", "merge",
+    "reconstruct", "tune",
 ]  # fmt: skip

@@ -1,16 +1,20 @@
-"""The model that tensors are run in, and the device it runs on, from what a user names."""
+"""From what a user names to what is worked with: the model, its device, the search groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .checkpoint import ModelPool
 from .errors import RecipeError
 from .evaluation.skeleton import from_transformers
-from .recipe import load_function
+from .groups import AUTO, automatic_groups
+from .merging import matrix_layouts
+from .recipe import Recipe, load_function
 
 ModelBuilder = Callable[[], nn.Module]
 
@@ -42,3 +46,11 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device {name}: this torch sees no CUDA device", "use device: cpu, or a CUDA build of torch")
     return device
+
+
+def with_groups(recipe: Recipe, pool: ModelPool) -> Recipe:
+    """The recipe with ``groups: auto`` settled for good: a study whose budget grows keeps its groups."""
+    if recipe.groups != AUTO:
+        return recipe
+    scheme, bands = automatic_groups(matrix_layouts(pool, None), recipe.budget // 3, recipe.group)
+    return replace(recipe, groups=scheme, bands=bands)

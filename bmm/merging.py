@@ -6,7 +6,7 @@ Left of this file things run once (checkpoints, anchor, Grams, decompositions); 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,15 @@ class PreparedModel:
             prepared = slot.prepared if mix is None or slot.evidence is None else slot.evidence.spectral(mix)
             out |= self._unpack(slot, prepared.sample(lam, rho, sigma, generator, scale))
         return out
+
+    def fixed(self, point: Hyperparameters) -> PreparedModel:
+        """This model decomposed at the point's task weights and gamma, so that many draws there cost no more than with
+        the prepared ones."""
+        mix = self._mix(point)
+        if mix is None:
+            return self
+        slots = [replace(s, prepared=s.evidence.spectral(mix), evidence=None) for s in self.slots if s.evidence]
+        return replace(self, slots=tuple(slots), mix=mix)
 
     def _check(self, point: Hyperparameters) -> float:
         """The anchor's scale of a point that names every group."""

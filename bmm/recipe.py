@@ -27,6 +27,7 @@ INPUTS = ("experts", "merged")
 NORMS = ("anchor", "regression")
 BIAS = ("joined", "anchor")
 SEARCH = ("gamma", "weights", "anchor_scale")
+OBJECTIVES = ("labels", "agreement")
 
 
 def _key(default: Any, help: str, **meta: Any) -> Any:
@@ -84,6 +85,12 @@ class Recipe:
         "What is searched besides lam and rho: gamma (of hybrid Grams), weights (one a task), anchor_scale.",
         many=True,
         choices=SEARCH,
+    )
+    objective: str = _key(
+        "labels",
+        "What the search maximises on validation data: the tasks' scores against labels, or, without labels, agreement "
+        "with each expert's class probabilities.",
+        choices=OBJECTIVES,
     )
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key(

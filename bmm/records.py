@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 TrialStatus = Literal["pending", "completed", "stopped", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
@@ -20,7 +20,8 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Binomial standard error ``sqrt(p (1 - p) / n)``; NaN where the value is no proportion."""
+        """Binomial standard error ``sqrt(p (1 - p) / n)``, for other means of numbers in [0, 1] (agreement) an upper
+        bound; NaN where the value is no proportion."""
         if self.n <= 0 or not 0 <= self.value <= 1:
             return math.nan
         return math.sqrt(self.value * (1 - self.value) / self.n)
@@ -157,3 +158,63 @@ class StudyResult:
             recipe=raw["recipe"],
             seconds=raw.get("seconds", {}),
         )
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One model on one task: ``n`` inputs, accuracy, mean NLL (nats), expected calibration error."""
+
+    model: str
+    split: str
+    task: str
+    n: int
+    accuracy: float
+    nll: float
+    ece: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `bmm.calibrate` found.
+
+    ``rows`` has every model of `MODELS`, split ("validation" and, where there are data, "test") and task. ``sigma`` is
+    the posterior's noise, 0 where noise did not lower the validation NLL; ``noise`` the size of it: the root mean
+    square of its effect on the weights over that of the tuned merge's task vector. ``search`` lists (sigma, validation
+    NLL) as tried, ``temperatures`` one number a task, ``trial`` is the study's.
+    """
+
+    study: str
+    trial: int
+    samples: int
+    seed: int
+    sigma: float
+    noise: float
+    temperatures: dict[str, float]
+    search: list[tuple[float, float]]
+    rows: list[CalibrationRow]
+
+    MODELS: ClassVar[tuple[str, ...]] = ("mean", "ensemble", "temperature", "experts")
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits measured: validation, then test."""
+        return list(dict.fromkeys(row.split for row in self.rows))
+
+    def of(self, model: str, split: str) -> list[CalibrationRow]:
+        """The rows of one model on one split, one a task."""
+        return [row for row in self.rows if (row.model, row.split) == (model, split)]
+
+    def mean(self, model: str, split: str) -> CalibrationRow:
+        """Means over the tasks; ``n`` is the sum."""
+        rows = self.of(model, split)
+        means = [sum(getattr(row, key) for row in rows) / len(rows) for key in ("accuracy", "nll", "ece")]
+        return CalibrationRow(model, split, "mean", sum(row.n for row in rows), *means)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"mean": [asdict(self.mean(m, s)) for s in self.splits for m in self.MODELS]}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Calibration:
+        kept = {k: v for k, v in raw.items() if k != "mean"}
+        rows = [CalibrationRow(**row) for row in raw["rows"]]
+        return cls(**(kept | {"rows": rows, "search": [(s, v) for s, v in raw["search"]]}))

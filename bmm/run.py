@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from . import anchors, zoo
 from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
 from .errors import RecipeError, WriteError
-from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
+from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, swapped
+from .evaluation.outputs import SteadyBatches, task_outputs
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
 from .grams.store import flat, source_of
-from .groups import AUTO, automatic_groups
-from .loading import ModelBuilder, build_model, find_device
-from .merging import PreparedModel, anchor_grams, matrix_layouts, prepare_model
+from .loading import ModelBuilder, build_model, find_device, with_groups
+from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
 from .recipe import Recipe, load_function
@@ -60,7 +59,6 @@ class Run:
         need_tasks: bool = True,
         check: bool = True,
     ) -> None:
-        self.recipe = recipe
         self.progress = progress
         self.device = find_device(recipe.device)
         base, experts = recipe.base, dict(recipe.experts)
@@ -73,10 +71,7 @@ class Run:
         if not base or not experts:
             raise RecipeError("base and experts go together", "give both, or neither for the embedded zoo")
         self.pool = ModelPool.open(base, list(experts.values()), skip=recipe.skip, task_names=list(experts))
-        if recipe.groups == AUTO:
-            names = matrix_layouts(self.pool, None)
-            scheme, bands = automatic_groups(names, recipe.budget // 3, recipe.group)
-            self.recipe = replace(recipe, groups=scheme, bands=bands)  # for good: a larger budget keeps the groups
+        self.recipe = recipe = with_groups(recipe, self.pool)
         self.experts = list(experts)
         unknown = set(recipe.weights) - set(experts)
         if unknown:
@@ -88,8 +83,10 @@ class Run:
             raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.py:FUNCTION")
         self.tasks: list[Task] = []
         if tasks is not None:
-            by_name = {t.name: t for t in check_tasks(tasks, self.experts)}
+            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
             self.tasks = [by_name[name] for name in self.experts]
+        agree = recipe.objective == "agreement"
+        self._judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
@@ -315,15 +312,20 @@ class Run:
     # -- scores --------------------------------------------------------------------------------------------------
 
     def score(self, tensors: Tensors, split: Any = "validation", tasks: Sequence[Task] | None = None) -> list[Score]:
-        """Scores of one model on every task (or the given ones)."""
-        return score_tasks(
-            self.skeleton,
-            self._renamed(self.pool.with_ties(tensors)),
-            self.tasks if tasks is None else tasks,
-            split,
-            device=self.device,
-            autocast=self.recipe.autocast,
-        )
+        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``objective``
+        says, else the tasks' own."""
+        asked = self.tasks if tasks is None else tasks
+        judged = [self._judged.get(t.name, t) for t in asked] if split == "validation" else asked
+        return score_tasks(tasks=judged, split=split, **self._loaded(tensors))
+
+    def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches, finite: bool = True) -> list[Tensor]:
+        """The logits of one model, batch by batch; see `task_outputs`."""
+        return task_outputs(task=task, batches=batches, finite=finite, **self._loaded(tensors))
+
+    def _loaded(self, tensors: Tensors) -> dict[str, Any]:
+        skeleton = self.skeleton  # before the names: building it finds its own
+        named = self._renamed(self.pool.with_ties(tensors))
+        return {"model": skeleton, "tensors": named, "device": self.device, "autocast": self.recipe.autocast}
 
     def score_experts(self, split: Any = "validation") -> list[Score]:
         """Each task's score by its own expert, measured once a split."""

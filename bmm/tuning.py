@@ -113,6 +113,7 @@ def tune_recipe(
                 engine=recipe.engine,
                 early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
+                objective_name=recipe.objective,
                 on_trial=on_trial,
                 should_stop=should_stop,
             )

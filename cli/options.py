@@ -18,7 +18,7 @@ GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
-SEARCH = ("log10_lam", "rho", "search", "budget", "engine", "early_stopping", "seed", "out")
+SEARCH = ("log10_lam", "rho", "search", "objective", "budget", "engine", "early_stopping", "seed", "out")
 
 
 def _default(key: Field[Any]) -> Any:
@@ -52,13 +52,24 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
     return click.option(*names, type=kinds.get(str(key.type), str), default=None, help=text)
 
 
-def recipe_options(*names: str) -> Callable[[Any], Any]:
-    """Add ``--recipe`` and a flag for each named recipe key."""
+def recipe_flags(*names: str) -> Callable[[Any], Any]:
+    """Add a flag for each named recipe key."""
     by_name = {f.name: f for f in fields(Recipe)}
 
     def decorate(function: Any) -> Any:
         for name in reversed(names):
             function = _option(by_name[name])(function)
+        return function
+
+    return decorate
+
+
+def recipe_options(*names: str) -> Callable[[Any], Any]:
+    """Add ``--recipe`` and a flag for each named recipe key."""
+    flags = recipe_flags(*names)
+
+    def decorate(function: Any) -> Any:
+        function = flags(function)
         return click.option("--recipe", type=click.Path(dir_okay=False), help="YAML recipe; flags win over its keys.")(
             function
         )

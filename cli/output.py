@@ -18,6 +18,7 @@ STAGES = {
     "merge": "merging",
     "prepare": "preparing modules",
     "score": "scoring",
+    "sigma": "searching sigma",
     "candidates": "scoring candidates",
     "average": "averaging",
     "batchnorm": "BatchNorm statistics",

@@ -34,6 +34,7 @@ LAYERS = [
     ["run"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
+    ["posterior"],
     ["api"],
     ["__init__"],
 ]

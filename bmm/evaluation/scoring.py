@@ -102,9 +102,11 @@ def score_tasks(
     return scores
 
 
-def _score_batch(model: nn.Module, task: Task, inputs: object, targets: Tensor) -> Tensor:
+@contextlib.contextmanager
+def failing_by_name(task: Task) -> Iterator[None]:
+    """Turn whatever a user's function raises inside into a `RecipeError` with the task's name."""
     try:
-        per_input = task.score(task.forward(model, inputs), targets).double()
+        yield
     except (BmmError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -112,6 +114,11 @@ def _score_batch(model: nn.Module, task: Task, inputs: object, targets: Tensor) 
             f"task {task.name!r} failed on a batch: {type(error).__name__}: {error}",
             "check the task's forward and score on one batch of its data",
         ) from error
+
+
+def _score_batch(model: nn.Module, task: Task, inputs: object, targets: Tensor) -> Tensor:
+    with failing_by_name(task):
+        per_input = task.score(task.forward(model, inputs), targets).double()
     if per_input.shape != targets.shape[:1]:
         raise RecipeError(
             f"task {task.name!r}: score returned shape {tuple(per_input.shape)} for {len(targets)} inputs",

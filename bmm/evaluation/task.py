@@ -48,8 +48,9 @@ class Task:
 
     Args:
         name: unique; matched with the experts' names where those are given.
-        validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches.
-        test: the same for the final report; scored once. May be None.
+        validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches. Inputs
+            alone, whole or a sequence of batches, are enough for the objective "agreement".
+        test: the same with targets, for the final report; scored once. May be None.
         calibration: unlabelled inputs for data-driven Grams and Fishers, held whole or a sequence of batches; may be
             None. Take them from the training distribution and keep them apart from ``validation``.
         forward: ``forward(model, inputs) -> outputs``; applies the task's own head where there is one.
@@ -74,13 +75,24 @@ class Task:
     sample: Callable[[Tensor, torch.Generator], Tensor] = draw_labels
 
     def batches(self, split: Split) -> Iterator[tuple[Any, Tensor]]:
-        """The split's (inputs, targets), batch by batch. Raises `RecipeError` where it is missing or empty."""
+        """The split's (inputs, targets), batch by batch. Raises `RecipeError` where there are none, or no labels."""
+        hint = ", or tune on the experts' own outputs (objective: agreement)" if split == "validation" else ""
+        for inputs, targets in self.pairs(split):
+            if targets is None:
+                raise RecipeError(
+                    f"the {split} data of task {self.name!r} have no labels",
+                    f"give Task(..., {split}=(inputs, targets)){hint}",
+                )
+            yield inputs, targets
+
+    def pairs(self, split: Split) -> Iterator[tuple[Any, Tensor | None]]:
+        """As `batches`, with None for the targets of unlabelled data."""
         data = getattr(self, split)
         if data is None:
             raise RecipeError(f"task {self.name!r} has no {split} data", f"give Task(..., {split}=(inputs, targets))")
         count = 0
-        for inputs, targets in _labelled(data, self.batch_size, f"{split} data of task {self.name!r}"):
-            count += len(targets)
+        for inputs, targets in _pairs(data, self.batch_size, f"{split} data of task {self.name!r}"):
+            count += batch_length(inputs) if targets is None else len(targets)
             yield inputs, targets
         if count == 0:
             raise RecipeError(f"task {self.name!r} has empty {split} data", "give at least one input")
@@ -152,8 +164,18 @@ def _is_whole(inputs: Any) -> bool:
     return isinstance(inputs, Tensor | Mapping)
 
 
-def _labelled(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor]]:
-    if isinstance(data, tuple) and len(data) == 2 and _is_whole(data[0]):
+def holds_whole(data: Any) -> bool:
+    """Whether a split is held whole, as ``inputs`` or ``(inputs, targets)``, rather than in batches."""
+    return _is_whole(data) or (isinstance(data, tuple) and len(data) == 2 and _is_whole(data[0]))
+
+
+def _pairs(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor | None]]:
+    if isinstance(data, Iterator):
+        raise RecipeError(f"{what} is a one-time iterator", "give a list, a DataLoader or (inputs, targets)")
+    if _is_whole(data):
+        for inputs in _unlabelled(data, size):
+            yield inputs, None
+    elif holds_whole(data):
         inputs, targets = data
         if batch_length(inputs) != len(targets):
             raise RecipeError(
@@ -161,10 +183,12 @@ def _labelled(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor]]:
             )
         for start in range(0, len(targets), size):
             yield _slice(inputs, start, start + size), targets[start : start + size]
-        return
-    if isinstance(data, Iterator):
-        raise RecipeError(f"{what} is a one-time iterator", "give a list, a DataLoader or (inputs, targets)")
-    yield from data
+    else:
+        for batch in data:
+            parts = (batch,) if _is_whole(batch) else tuple(batch)
+            if len(parts) not in (1, 2):
+                raise RecipeError(f"{what}: a batch of {len(parts)} parts", "a batch is inputs, or (inputs, targets)")
+            yield parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _unlabelled(data: Any, size: int) -> Iterator[Any]:
@@ -186,8 +210,11 @@ def to_device(inputs: Any, device: torch.device | str) -> Any:
     return inputs
 
 
-def check_tasks(tasks: Iterable[Task], experts: Sequence[str] | None = None) -> list[Task]:
-    """Refuse what cannot work before anything is computed: types, names, empty splits, tasks without expert."""
+def check_tasks(tasks: Iterable[Task], experts: Sequence[str] | None = None, labels: bool = True) -> list[Task]:
+    """Refuse what cannot work before anything is computed: types, names, empty splits, tasks without expert.
+
+    Without ``labels`` validation data need none; test data, where there are any, always do.
+    """
     listed = list(tasks)
     for task in listed:
         if not isinstance(task, Task):
@@ -203,6 +230,7 @@ def check_tasks(tasks: Iterable[Task], experts: Sequence[str] | None = None) -> 
             "give one expert a task, by the same names (experts: {name: path})",
         )
     for task in listed:
-        for _ in task.batches("validation"):
-            break
+        next(iter(task.batches("validation") if labels else task.pairs("validation")))
+        if task.test is not None:
+            next(task.batches("test"))
     return listed

@@ -1,5 +1,6 @@
 """Results for people to read."""
 
+from .calibration import calibration_report
 from .card import average_card, merge_card, study_card, versions
 from .figures import (
     effects_figure,
@@ -25,8 +26,8 @@ from .tables import (
 )
 
 __all__ = [
-    "average_card", "effects_figure", "gap_error", "gap_line", "group_label", "importance_figure", "knob_range",
-    "markdown", "mean_and_error", "merge_card", "method_page", "methods_index", "parameter_label", "percent",
-    "prediction_figure", "progress_figure", "score_table", "study_card", "text_report", "trial_rows", "trial_table",
-    "trust", "versions", "write_figures", "write_pages",
+    "average_card", "calibration_report", "effects_figure", "gap_error", "gap_line", "group_label",
+    "importance_figure", "knob_range", "markdown", "mean_and_error", "merge_card", "method_page", "methods_index",
+    "parameter_label", "percent", "prediction_figure", "progress_figure", "score_table", "study_card", "text_report",
+    "trial_rows", "trial_table", "trust", "versions", "write_figures", "write_pages",
 ]  # fmt: skip

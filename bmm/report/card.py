@@ -10,7 +10,7 @@ from importlib import metadata
 import yaml
 
 from ..records import StudyResult
-from .tables import gap_line, hyperparameter_table, markdown, score_table
+from .tables import gap_line, hyperparameter_table, markdown, measure, score_table
 
 PACKAGES = ("bmm-tuner", "torch", "ax-platform", "botorch", "gpytorch", "numpy", "safetensors")
 
@@ -34,7 +34,7 @@ def study_card(result: StudyResult, recipe_yaml: str) -> str:
         result.recipe,
         recipe_yaml,
         [
-            f"## Scores ({split}, %)",
+            f"## {split.capitalize()} {measure(result.recipe, split)} (%)",
             score_table(result.test or result.validation),
             gap_line(result, "test" if result.test else "validation"),
             f"## Hyperparameters (trial {result.best.number})",

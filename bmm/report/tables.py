@@ -39,6 +39,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, rows)])
 
 
+def measure(recipe: Mapping[str, Any], split: str) -> str:
+    """What a run's scores are: without labels, validation scores are agreement with the experts."""
+    agreement = split == "validation" and recipe.get("objective") == "agreement"
+    return "agreement with the experts" if agreement else "accuracy"
+
+
 def score_table(models: Mapping[str, Sequence[Score]]) -> str:
     """One row a task and one column a model, in percent; the mean carries its standard error."""
     shown = [m for m in MODELS if models.get(m)] + [m for m in models if m not in MODELS]
@@ -131,7 +137,7 @@ def text_report(result: StudyResult) -> str:
     tasks = len(result.best.scores)
     saved = sum(tasks - len(t.scores) for t in stopped)
     parts = [
-        f"## {split.capitalize()} accuracy (%)",
+        f"## {split.capitalize()} {measure(result.recipe, split)} (%)",
         score_table(getattr(result, split)),
         gap_line(result, split),
         "## Best trial",
@@ -146,7 +152,7 @@ def text_report(result: StudyResult) -> str:
         hyperparameter_table(result.hyperparameters),
     ]
     if result.test:
-        parts += ["## Validation accuracy (%)", score_table(result.validation)]
+        parts += [f"## Validation {measure(result.recipe, 'validation')} (%)", score_table(result.validation)]
     if result.seconds:
         parts += ["## Seconds", ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items())]
     if result.paths:

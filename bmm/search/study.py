@@ -33,6 +33,7 @@ def run_study(
     engine: str = "botorch",
     weights: Mapping[str, float] | None = None,
     early_stopping: float = 0.0,
+    objective_name: str = "labels",
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Trial]:
@@ -40,8 +41,9 @@ def run_study(
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
     task's score of its own expert. The objective, maximised, is the mean over tasks of score / reference, weighted by
-    ``weights`` where given. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
-    budget. Trials left pending by a killed run are evaluated again under their number before anything else.
+    ``weights`` where given; ``objective_name`` says what kind of scores they are. Trial 0 is the anchor and trial 1
+    the default; both, and failed trials, count in the budget. Trials left pending by a killed run are evaluated again
+    under their number before anything else.
 
     With ``early_stopping`` above zero a trial's tasks are read from the mapping one by one, in an order of its own,
     and the trial is stopped where the probability that it becomes the best falls below that value
@@ -52,7 +54,8 @@ def run_study(
     each evaluation; ``should_stop`` is asked before each.
 
     Raises `RecipeError` for a reference, weight, budget or engine that makes no sense, `StudyError` where the
-    database holds another search (seed, space, reference, weights, engine) or where anchor and default both failed.
+    database holds another search (seed, space, reference, weights, engine, objective), or where anchor and default
+    both failed.
     """
     shares = shares_of(reference, weights)
     if budget < 1:
@@ -70,6 +73,7 @@ def run_study(
             "space": space.to_json(),
             "reference": {t: float(v) for t, v in reference.items()},
             "weights": shares,
+            "objective": objective_name,
         }
         | ({"early_stopping": early_stopping} if early_stopping else {}),
     )
@@ -182,10 +186,12 @@ def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
     if recorded is None:
         database.set_meta(_IDENTITY, identity)
         return
+    recorded = {"objective": "labels"} | recorded  # studies that are older than the choice
     identity = json.loads(json.dumps(identity))
     if changed := [key for key in identity | recorded if identity.get(key) != recorded.get(key)]:
         key = changed[0]
-        detail = f": {recorded.get(key)} there, {identity.get(key)} here" if key in ("seed", "engine") else ""
+        told = key in ("seed", "engine", "objective")
+        detail = f": {recorded.get(key)} there, {identity.get(key)} here" if told else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",
             "resume with the original recipe (only the budget may grow), or start a new study",
