@@ -208,3 +208,17 @@ def test_turbo_stays_near_the_best_point_where_its_parent_does_not_have_to():
 @pytest.mark.parametrize(("d", "rows"), [(6, 4), (12, 4), (18, 5), (60, 15)])
 def test_more_parameters_need_more_failures(d, rows):
     assert turbo.failures_tolerated(d) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cma", "tpe"])
+def test_engines_without_a_gaussian_process_beat_sobol_in_twelve_dimensions(name):
+    space = Space.for_groups([f"g{i}" for i in range(6)])
+
+    def best(rows):
+        return max(r.objective for r in rows if r.status == "completed")
+
+    start, optimum = best(rows_of(space, 2)), 1 / (1 + np.exp(-3))
+    gains = np.array([[best(rows_of(space, 50, e, s)) for e in (name, "sobol")] for s in range(4)])
+    gains = (gains - start) / (optimum - start)  # (seeds, engines)
+    assert gains[:, 0].mean() > gains[:, 1].mean() + 0.15, gains
