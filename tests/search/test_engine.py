@@ -163,6 +163,23 @@ def test_points_asked_for_while_others_are_pending_all_differ(name):
     assert not engine.ask([*rows[:9], *finished]).notice
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forecasts_of_stopped_rows_count(name):
+    rows = rows_of(SPACE, 12)
+    points = []
+    for objective in (0.2, 0.99):
+        stopped = [
+            replace(r, status="stopped", objective=objective, scores={"task0": objective})
+            if r.number in (7, 8, 9)
+            else r
+            for r in rows
+        ]
+        suggestion = build_engine(name, SPACE, 0, SHARES).ask(stopped)
+        assert not suggestion.notice
+        points.append(suggestion.point)
+    assert points[0] != points[1]
+
+
 class StubClient:
     """Stands in for Ax's client where it must misbehave."""
 

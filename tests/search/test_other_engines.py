@@ -26,10 +26,10 @@ def units(rows, space=SPACE):
     return np.array([space.to_unit(space.point_of(row.hyperparameters)) for row in rows])
 
 
-def row(number, objective, status="completed", kind="search", unit=None):
+def row(number, objective=None, status="completed", kind="search", unit=None):
     unit = SobolEngine(SPACE, 8).unit_point(number) if unit is None else unit
     hyperparameters = SPACE.to_hyperparameters(SPACE.from_unit(unit))
-    return Trial(number, kind, status, hyperparameters, objective=objective if status == "completed" else None)
+    return Trial(number, kind, status, hyperparameters, objective=objective)
 
 
 # CMA-ES
@@ -80,7 +80,7 @@ def test_cma_starts_from_a_default_at_the_edge_of_the_box():
 
 
 def test_failed_and_pending_rows_are_the_worst_of_their_generation():
-    rows = [row(2, 0.5), row(3, None, "failed"), row(4, 0.7), row(5, None, "pending"), row(6, 0.5)]
+    rows = [row(2, 0.5), row(3, status="failed"), row(4, 0.7), row(5, status="pending"), row(6, 0.5)]
     assert ranks(rows) == [1, 2, 0, 2, 1]
     huge = [replace(r, objective=r.objective and 1e300 * r.objective) for r in rows]
     assert ranks(huge) == ranks(rows)
@@ -88,7 +88,7 @@ def test_failed_and_pending_rows_are_the_worst_of_their_generation():
 
 def test_a_generation_of_failures_tells_nothing_and_foreign_rows_are_taken():
     rows = rows_of(SPACE, 2)
-    failed = rows + [row(n, None, "failed") for n in range(2, 2 + POPULATION)]
+    failed = rows + [row(n, status="failed") for n in range(2, 2 + POPULATION)]
     engine = CmaEngine(SPACE, 0)
     suggestion = engine.ask(failed)
     assert not suggestion.notice
@@ -114,7 +114,7 @@ def test_tpe_takes_pending_rows_for_bad_ones_and_failed_ones_for_none():
     rows, engine = rows_of(SPACE, 14), build_engine("tpe", SPACE, 0)
 
     def asked(status, unit):
-        suggestion = engine.ask([*rows, row(14, None, status, unit=unit)])
+        suggestion = engine.ask([*rows, row(14, status=status, unit=unit)])
         assert not suggestion.notice
         return suggestion.point
 
@@ -151,7 +151,7 @@ def test_successes_in_a_row_widen_the_region_and_failures_narrow_it():
 
 
 def test_failed_rows_count_against_the_region_and_pending_ones_do_not():
-    failed, pending = row(9, None, "failed"), row(9, None, "pending")
+    failed, pending = row(9, status="failed"), row(9, status="pending")
     assert region_after([*DESIGN, failed], 4).failures == 1
     assert region_after([*DESIGN, pending], 4) == region_after(DESIGN, 4)
     assert region_after([failed, pending], 4).designed == 0
@@ -186,6 +186,17 @@ def test_a_collapsed_region_is_followed_by_a_fresh_design():
     np.testing.assert_allclose(np.prod(half / np.exp(np.log(half).mean())), 1)
     expected = np.clip(fresh[-1] + 0.5 * length * half / np.exp(np.log(half).mean()), 0, 1)
     np.testing.assert_allclose(high, expected)
+
+
+def test_a_fresh_region_of_stopped_rows_alone_is_modelled_too():
+    rows = collapsed(turbo.failures_tolerated(D))
+    shares = dict.fromkeys(["a", "b"], 0.5)
+    begun = len(rows)
+    for number in range(begun, begun + SOBOL_TRIALS + 1):
+        rows.append(replace(row(number, 0.05 + 0.001 * number, status="stopped"), scores={"a": 0.1}))
+    suggestion = TurboEngine(SPACE, 0, shares).ask(rows)
+    assert not suggestion.notice
+    assert suggestion != SobolEngine(SPACE, 0).ask(rows)
 
 
 def test_turbo_stays_near_the_best_point_where_its_parent_does_not_have_to():

@@ -27,7 +27,8 @@ _IMPROVEMENT = 1e-3  # of the best objective; less is no success
 class Region:
     """The trust region after some rows of a study.
 
-    ``start`` is its first row, ``designed`` how many of its quasi-random points have an objective, ``best`` the highest.
+    ``start`` is its first row, ``designed`` how many of its quasi-random points have an objective, ``best`` its
+    highest one.
     """
 
     start: int = 0
