@@ -27,10 +27,11 @@ from tests.search.study_rows import rows_of
 
 
 def marked(names):
-    """Parameters of a test over engines: a slow one is marked so, one that is not installed skips."""
+    """Parameters of a test over engines: a slow one is marked so and given time, one that is not installed skips."""
+    slow = pytest.mark.slow, pytest.mark.timeout(3600)
     for name in names:
         skip = pytest.mark.skipif(not ENGINES[name].installed, reason=f"{name} needs {ENGINES[name].extra}")
-        yield pytest.param(name, marks=[skip, pytest.mark.slow] if name == "saasbo" else skip)
+        yield pytest.param(name, marks=[skip, *slow] if name == "saasbo" else skip)
 
 
 MODELS = list(marked(name for name in ENGINES if name != "sobol"))
