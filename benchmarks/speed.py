@@ -1,6 +1,6 @@
 """Seconds a trial: the spectral merge against a dense solve of the same modules, and the engine's suggestions.
 
-    python benchmarks/speed.py [--threads N] [--rounds N]
+    python benchmarks/speed.py [--threads N] [--rounds N] [--engines NAME ...] [--dimensions D ...]
 
 The two solvers are timed in turn in one process; ratios of medians are printed. Modules have ViT-B/32 shapes and
 eight experts; Grams are of random inputs of full rank. No file is read or written.
@@ -17,7 +17,7 @@ import torch
 
 from bmm.records import Trial
 from bmm.report import markdown
-from bmm.search.engine import build_engine
+from bmm.search.engine import ENGINES, build_engine, engine_row
 from bmm.search.space import Space
 from bmm.solver import prepare
 
@@ -86,16 +86,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dimensions", type=int, nargs="*", default=[12, 18])
+    parser.add_argument("--dimensions", type=int, nargs="*", default=[12, 48], help="of the suggestions")
+    parser.add_argument("--trials", type=int, default=50, help="of the study they are timed in")
+    parser.add_argument("--engines", nargs="*", default=[name for name, row in ENGINES.items() if row.installed])
     args = parser.parse_args()
+    for name in args.engines:
+        engine_row(name).require(name)
     torch.set_num_threads(args.threads)
-    header = ["module, 8 experts", "prepare s", "merge ms", "dense solve / merge", "merge / bare product"]
-    print(markdown(header, solver_rows(args.rounds)))
-    print(f"\n{args.threads} threads, medians of {args.rounds} interleaved rounds")
-    for d in args.dimensions:
-        for name in ("botorch", "ax"):
-            taken = suggestion_seconds(name, d, 50)
-            print(f"{name}, {d} dimensions, 50 trials: median {taken:.2f} s a suggestion")
+    if args.rounds:
+        header = ["module, 8 experts", "prepare s", "merge ms", "dense solve / merge", "merge / bare product"]
+        print(markdown(header, solver_rows(args.rounds)))
+        print(f"\n{args.threads} threads, medians of {args.rounds} interleaved rounds\n")
+    if args.engines and args.dimensions:
+        taken = [[suggestion_seconds(name, d, args.trials) for d in args.dimensions] for name in args.engines]
+        header = ["engine", *(f"{d} parameters, s" for d in args.dimensions)]
+        print(markdown(header, [[n, *(f"{s:.3f}" for s in row)] for n, row in zip(args.engines, taken, strict=True)]))
+        print(f"\nmedian seconds a suggestion, {args.trials} trials")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import yaml
 from . import anchors
 from .errors import RecipeError, did_you_mean
 from .groups import AUTO, SCHEMES
+from .search.engine import ENGINES
 
 GRAMS = ("data", "datafree", "hybrid")
 FISHERS = ("auto", "sampled", "true")
@@ -94,7 +95,9 @@ class Recipe:
     )
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key(
-        "botorch", "What proposes the next trial: botorch (Bayesian optimisation), ax (Ax as it comes) or sobol."
+        "botorch",
+        "What proposes the next trial. " + ". ".join(f"{name}: {row.summary}" for name, row in ENGINES.items()) + ".",
+        choices=tuple(ENGINES),
     )
     early_stopping: float = _key(
         0.0,

@@ -21,6 +21,7 @@ from .records import Hyperparameters, Score, StudyResult, Trial
 from .report import study_card, text_report, versions
 from .run import Run
 from .search.database import StudyDatabase
+from .search.engine import engine_row
 from .search.space import Space
 from .search.study import best, run_study
 
@@ -64,6 +65,7 @@ def tune_recipe(
     # Absolute paths: the recipe travels with the study and the model, and is used from other folders.
     recipe = replace(recipe.relative_to(Path.cwd()), out=recipe.out or default_out(recipe))
     recipe.require_evidence()
+    engine_row(recipe.engine).require(recipe.engine)
     out = Path(recipe.out)
     if not resume and (out / STUDY).exists():
         raise StudyError(

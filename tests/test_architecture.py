@@ -80,7 +80,7 @@ def test_the_library_neither_prints_nor_parses_arguments(path):
     assert not names & {"argparse", "click"}
 
 
-@pytest.mark.parametrize("module", ["ax", "botorch"])
+@pytest.mark.parametrize("module", ["ax", "botorch", "cma", "optuna", "numpyro", "jax"])
 def test_only_engines_import(module):
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

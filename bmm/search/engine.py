@@ -10,11 +10,12 @@ Ax, BoTorch and the like.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bmm.errors import RecipeError, did_you_mean
+from bmm.errors import RecipeError, StudyError, did_you_mean
 from bmm.records import Trial
 from bmm.search.space import Point, Space
 
@@ -38,15 +39,33 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class EngineRow:
-    """What the rest of the program needs to know of an engine: where its class is, what it is, what it needs."""
+    """What the rest of the program needs to know of an engine: where its class is, what it is, what it needs.
+
+    ``needs`` names modules that only ``extra`` of the distribution installs.
+    """
 
     place: str
     summary: str
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """Whether the modules it needs are there; none of them is imported."""
+        return not self._missing()
+
+    def require(self, name: str) -> None:
+        """Raises `StudyError` where a module it needs is not installed."""
+        if missing := self._missing():
+            raise cannot_load(name, f"{' and '.join(missing)} not installed")
 
     def build(self, space: Space, seed: int, shares: Mapping[str, float]) -> Engine:
         module, _, name = self.place.partition(":")
         engine: Engine = getattr(importlib.import_module(f"bmm.search.engines.{module}"), name)(space, seed, shares)
         return engine
+
+    def _missing(self) -> list[str]:
+        return [module for module in self.needs if importlib.util.find_spec(module) is None]
 
 
 ENGINES: dict[str, EngineRow] = {
@@ -54,6 +73,17 @@ ENGINES: dict[str, EngineRow] = {
         "botorch:BotorchEngine", "Gaussian processes of the task scores, noisy expected improvement (BoTorch)"
     ),
     "ax": EngineRow("ax:AxEngine", "Ax's client as it comes: Gaussian process of the mean, noisy expected improvement"),
+    "turbo": EngineRow(
+        "turbo:TurboEngine", "the models of botorch inside a trust region that moves and shrinks (TuRBO)"
+    ),
+    "saasbo": EngineRow(
+        "saasbo:SaasboEngine",
+        "fully Bayesian Gaussian process that expects few parameters to matter (SAASBO, BoTorch and NumPyro)",
+        ("jax", "numpyro"),
+        "saasbo",
+    ),
+    "cma": EngineRow("cma:CmaEngine", "evolution strategy from the default on, no model (CMA-ES)", ("cma",), "compare"),
+    "tpe": EngineRow("tpe:TpeEngine", "tree-structured Parzen estimator (Optuna)", ("optuna",), "compare"),
     "sobol": EngineRow("common:SobolEngine", "quasi-random points, no model"),
 }
 
@@ -64,6 +94,21 @@ def build_engine(name: str, space: Space, seed: int, shares: Mapping[str, float]
     ``shares`` gives what each task's score counts in the objective, ``objective = sum_t shares[t] * scores[t]``;
     without it an engine sees the objective alone.
     """
+    return engine_row(name).build(space, seed, shares or {})
+
+
+def engine_row(name: str) -> EngineRow:
+    """The row of `ENGINES`, or `RecipeError` naming the close ones."""
     if name not in ENGINES:
         raise RecipeError(f"unknown engine {name!r}", did_you_mean(name, ENGINES))
-    return ENGINES[name].build(space, seed, shares or {})
+    return ENGINES[name]
+
+
+def cannot_load(name: str, why: object) -> StudyError:
+    """The error of an engine whose libraries are missing or broken, with what to install."""
+    extra = ENGINES[name].extra
+    package = f"bmm-tuner[{extra}]" if extra else "bmm-tuner"
+    return StudyError(
+        f"the engine {name!r} cannot be loaded: {why}",
+        f"pip install --upgrade '{package}', or take another --engine ({', '.join(n for n in ENGINES if n != name)})",
+    )

@@ -1,26 +1,40 @@
 import logging
 import random
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import bmm
 from bmm.errors import RecipeError, StudyError
+from bmm.recipe import Recipe
 from bmm.records import Trial
 from bmm.search.engine import ENGINES, build_engine
 from bmm.search.engines import ax as ax_module
 from bmm.search.engines.ax import AxEngine
 from bmm.search.engines.botorch import TASK_MODEL_TRIALS, BotorchEngine
-from bmm.search.engines.common import SOBOL_TRIALS, SobolEngine
+from bmm.search.engines.common import SOBOL_TRIALS, SobolEngine, seeded
 from bmm.search.space import Space
 from tests.search.problem import REFERENCE, SPACE
 from tests.search.study_rows import rows_of
 
-MODELS = [name for name in ENGINES if name != "sobol"]
+
+def marked(names):
+    """Parameters of a test over engines: a slow one is marked so and given time, one that is not installed skips."""
+    slow = pytest.mark.slow, pytest.mark.timeout(3600)
+    for name in names:
+        skip = pytest.mark.skipif(not ENGINES[name].installed, reason=f"{name} needs {ENGINES[name].extra}")
+        yield pytest.param(name, marks=[skip, *slow] if name == "saasbo" else skip)
+
+
+MODELS = list(marked(name for name in ENGINES if name != "sobol"))
 SHARES = {task: 1 / value / len(REFERENCE) for task, value in REFERENCE.items()}
 ODD_SPACE = Space.for_groups(["encoder.layers/0-3 (q, k)", "x0", "mean"])
 
@@ -29,7 +43,7 @@ def units(rows, space=SPACE):
     return np.array([space.to_unit(space.point_of(row.hyperparameters)) for row in rows])
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", marked(ENGINES))
 def test_contract_of_every_engine(name):
     """Points inside the box, a pure function of space, seed and rows, another for another seed."""
     rows = rows_of(SPACE, 9)
@@ -41,6 +55,7 @@ def test_contract_of_every_engine(name):
     used.ask(rows[:8])
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002  another state of the global generators
+    random.seed(99)
     assert used.ask(rows) == suggestion
     assert build_engine(name, SPACE, 4, SHARES).ask(rows).point != suggestion.point
     number = len(rows)
@@ -48,7 +63,7 @@ def test_contract_of_every_engine(name):
     assert build_engine(name, SPACE, 3, SHARES).ask([*rows, repeated]).point != suggestion.point
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", marked(ENGINES))
 def test_an_engine_leaves_the_process_as_it_was(name):
     rows = rows_of(SPACE, 9)
     build_engine(name, SPACE, 0, SHARES).ask(rows)  # the imports' own side effects on loggers are not at stake
@@ -85,7 +100,7 @@ def test_sobol_points_fill_the_box_evenly():
         assert np.bincount(np.minimum(column * 8, 7).astype(int), minlength=8).tolist() == [8] * 8
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in ("sobol", "cma")])
 def test_the_first_points_are_quasi_random_and_failures_do_not_use_them_up(name):
     rows = rows_of(SPACE, 2 + SOBOL_TRIALS)
     engine, sobol = build_engine(name, SPACE, 7, SHARES), SobolEngine(SPACE, 7)
@@ -134,6 +149,38 @@ def test_failed_and_pending_rows_are_taken_and_avoided(name):
         assert distance > 1e-3
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_points_asked_for_while_others_are_pending_all_differ(name):
+    rows = rows_of(SPACE, 9)
+    engine = build_engine(name, SPACE, 0, SHARES)
+    for number in range(9, 14):
+        suggestion = engine.ask(rows)
+        assert not suggestion.notice
+        rows.append(Trial(number, "search", "pending", SPACE.to_hyperparameters(suggestion.point)))
+    gaps = np.abs(units(rows)[:, None] - units(rows)[None]).max(-1) + np.eye(len(rows))
+    assert gaps[9:].min() > 1e-3
+    finished = [replace(row, status="completed", objective=0.5 + 0.01 * row.number) for row in rows[9:]]
+    finished = [replace(row, scores=dict.fromkeys(REFERENCE, 0.5)) for row in finished]
+    assert not engine.ask([*rows[:9], *finished]).notice
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forecasts_of_stopped_rows_count(name):
+    rows = rows_of(SPACE, 12)
+    points = []
+    for objective in (0.2, 0.99):
+        stopped = [
+            replace(r, status="stopped", objective=objective, scores={"task0": objective})
+            if r.number in (7, 8, 9)
+            else r
+            for r in rows
+        ]
+        suggestion = build_engine(name, SPACE, 0, SHARES).ask(stopped)
+        assert not suggestion.notice
+        points.append(suggestion.point)
+    assert points[0] != points[1]
+
+
 class StubClient:
     """Stands in for Ax's client where it must misbehave."""
 
@@ -180,11 +227,52 @@ def test_where_ax_fails_a_quasi_random_point_is_taken_and_noted(monkeypatch, ans
     assert AxEngine(SPACE, 0).ask(later).point != suggestion.point
 
 
-@pytest.mark.parametrize(("name", "module"), [("ax", "ax.api.client"), ("botorch", "botorch.acquisition.logei")])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("ax", "ax.api.client"), ("botorch", "botorch.acquisition.logei"), ("turbo", "botorch.optim"),
+        ("saasbo", "numpyro"), ("cma", "cma"), ("tpe", "optuna"),
+    ],
+)  # fmt: skip
 def test_a_broken_installation_is_an_error_not_a_random_search(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(StudyError, match="cannot be loaded"):
+    with pytest.raises(StudyError, match=f"'{name}' cannot be loaded") as caught:
         build_engine(name, SPACE, 0, SHARES).ask(rows_of(SPACE, 9))
+    extra = ENGINES[name].extra
+    assert f"pip install --upgrade 'bmm-tuner{f'[{extra}]' if extra else ''}'" in caught.value.hint
+
+
+def test_what_is_not_installed_is_said_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    assert not ENGINES["cma"].installed
+    with pytest.raises(StudyError, match="'cma' cannot be loaded: cma not installed") as caught:
+        bmm.tune(zoo="vit8", engine="cma", out=str(tmp_path / "run"))
+    assert "bmm-tuner[compare]" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_knows_the_engines():
+    with pytest.raises(RecipeError, match="no engine 'turb'") as caught:
+        Recipe.from_dict({"engine": "turb"})
+    assert "did you mean turbo" in caught.value.hint
+    (key,) = [f for f in fields(Recipe) if f.name == "engine"]
+    assert all(f"{name}: {row.summary}" in key.metadata["help"] for name, row in ENGINES.items())
+
+
+def test_the_extras_install_what_the_engines_need():
+    settings = tomllib.loads((Path(bmm.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for row in ENGINES.values():
+        if row.needs:
+            named = {re.match(r"[\w-]+", wanted)[0] for wanted in settings["optional-dependencies"][row.extra]}
+            assert {*row.needs} <= named
+
+
+def test_global_generators_come_back_even_from_an_error():
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    with pytest.raises(ZeroDivisionError), seeded(3):
+        random.random(), np.random.rand(), torch.rand(1), 1 / 0  # noqa: NPY002
+    assert (random.getstate(), str(np.random.get_state())) == before[:2]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_few_trials_are_modelled_by_task_and_many_by_their_objective():
@@ -221,12 +309,12 @@ def test_importing_the_search_loads_no_engine():
 def test_engines_say_nothing():
     code = (
         "import sys\n"
-        "from bmm.search.engine import build_engine\n"
+        "from bmm.search.engine import ENGINES, build_engine\n"
         "from tests.search.problem import SPACE\n"
         "from tests.search.study_rows import rows_of\n"
         "for count in (7, 12):\n"
         "    rows = rows_of(SPACE, count)\n"
-        "    for name in ('ax', 'botorch'):\n"
+        "    for name in [n for n in ENGINES if ENGINES[n].installed]:\n"
         "        assert not build_engine(name, SPACE, 0).ask(rows + rows[:1] * 3).notice\n"
         "assert {'ax', 'botorch'} <= set(sys.modules)"
     )
@@ -234,7 +322,7 @@ def test_engines_say_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["botorch", "ax", "turbo"])
 def test_a_model_beats_sobol_on_a_smooth_function(name):
     space = Space.for_groups(["attention", "mlp"])
 

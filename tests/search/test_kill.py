@@ -69,7 +69,7 @@ def test_twenty_two_kills_of_a_sobol_study(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "sobol"])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("sobol", "saasbo")])
 def test_kills_of_a_model_based_study(engine, tmp_path):
     budget, random_moment = 12, random.Random(12)
     whole, notices = finish(tmp_path / "whole.db", engine, budget)

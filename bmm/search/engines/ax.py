@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from bmm.errors import StudyError
 from bmm.records import Trial
 from bmm.search.engines.common import ModelEngine
 from bmm.search.space import UnitPoint
@@ -28,7 +27,7 @@ class AxEngine(ModelEngine):
     again. The anchor stands at the upper bound of lam (`Space.point_of`).
     """
 
-    name = "Ax"
+    key, name = "ax", "Ax"
 
     def load(self) -> None:
         self._client, self._range = _import_ax()
@@ -56,11 +55,7 @@ class AxEngine(ModelEngine):
 
 
 def _import_ax() -> tuple[Any, Any]:
-    try:
-        from ax.api.client import Client
-        from ax.api.configs import RangeParameterConfig
-    except ImportError as error:
-        raise StudyError(
-            f"the engine 'ax' cannot be loaded: {error}", "reinstall ax-platform and botorch, or take --engine botorch"
-        ) from error
+    from ax.api.client import Client
+    from ax.api.configs import RangeParameterConfig
+
     return Client, RangeParameterConfig

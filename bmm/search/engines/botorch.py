@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bmm.errors import StudyError
 from bmm.records import Trial
 from bmm.search import gp
 from bmm.search.engines.common import ModelEngine
@@ -34,51 +33,56 @@ class BotorchEngine(ModelEngine):
     counts.
     """
 
-    name = "BoTorch"
+    key, name = "botorch", "BoTorch"
 
     def load(self) -> None:
-        try:
-            import botorch.acquisition.logei
-            import botorch.optim  # noqa: F401
-        except ImportError as error:
-            raise StudyError(
-                f"the engine 'botorch' cannot be loaded: {error}", "reinstall botorch, or take --engine sobol"
-            ) from error
+        import botorch.acquisition.logei
+        import botorch.optim  # noqa: F401
 
     def suggest(self, number: int, rows: Sequence[Trial], tried: Sequence[UnitPoint]) -> UnitPoint:
+        done = [row.objective is not None for row in rows]  # completed and stopped ones
+        scored = [row for row, d in zip(rows, done, strict=True) if d]
+        x = np.array([u for u, d in zip(tried, done, strict=True) if d])  # (n, d)
+        waiting = np.array([u for u, d in zip(tried, done, strict=True) if not d])  # (w, d), or (0,)
+        model = self.model(number, x, scored)
+        return self._best(number, model, x, waiting, self.box(model, x, rows))
+
+    def model(self, number: int, x: Array, rows: Sequence[Trial]) -> Any:
+        """A BoTorch model of the objective: ``x`` (n, d) are the points of ``rows``, completed or stopped."""
+        return _model_class()(x, *self._outcomes(rows))
+
+    def box(self, model: Any, x: Array, rows: Sequence[Trial]) -> Array:
+        """Where the next point is looked for, lowest and highest corner: (2, d). ``rows`` are all there are."""
+        return np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])])
+
+    def _best(self, number: int, model: Any, x: Array, waiting: Array, box: Array) -> UnitPoint:
+        """The point of the box with the highest qLogNEI: (d,)."""
         import torch
         from botorch.acquisition.logei import qLogNoisyExpectedImprovement
         from botorch.optim import optimize_acqf
 
-        done = [row.status in ("completed", "stopped") for row in rows]
-        x = np.array([u for u, d in zip(tried, done, strict=True) if d])  # (n, d)
-        waiting = [u for u, d in zip(tried, done, strict=True) if not d]
-        outcomes, coefficients = self._outcomes([row for row, d in zip(rows, done, strict=True) if d])
-        model = _model_class()(x, outcomes, coefficients)
-        bounds = torch.stack([torch.zeros(x.shape[1]), torch.ones(x.shape[1])]).double()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.stream(number))
-            acquisition = qLogNoisyExpectedImprovement(
-                model,
-                torch.from_numpy(x),
-                prune_baseline=True,
-                X_pending=torch.from_numpy(np.array(waiting)) if waiting else None,
-            )
-            candidate, _ = optimize_acqf(
-                acquisition,
-                bounds,
-                q=1,
-                num_restarts=_RESTARTS,
-                raw_samples=_RAW_SAMPLES,
-                options={"sample_around_best": True, "seed": self.stream(number) % 2**31},
-            )
+        acquisition = qLogNoisyExpectedImprovement(
+            model,
+            torch.from_numpy(x),
+            prune_baseline=True,
+            X_pending=torch.from_numpy(waiting) if len(waiting) else None,
+        )
+        candidate, _ = optimize_acqf(
+            acquisition,
+            torch.from_numpy(box),
+            q=1,
+            num_restarts=_RESTARTS,
+            raw_samples=_RAW_SAMPLES,
+            options={"sample_around_best": True, "seed": self.stream(number) % 2**31},
+        )
         unit: UnitPoint = candidate[0].numpy()  # (d,)
         return unit
 
     def _outcomes(self, rows: Sequence[Trial]) -> tuple[Array, Array]:
         """What is modelled, (m, n), and what each counts in the objective, (m,)."""
         tasks = [task for task, share in sorted(self.shares.items()) if share > 0]
-        if len(rows) < TASK_MODEL_TRIALS and len(tasks) > 1:
+        completed = sum(row.status == "completed" for row in rows)
+        if completed > 1 and len(rows) < TASK_MODEL_TRIALS and len(tasks) > 1:  # a forecast needs two
             complete = with_expected_scores(rows, self.shares)
             scores = np.array([[row[task] for row in complete] for task in tasks])
             return scores, np.array([self.shares[task] for task in tasks])

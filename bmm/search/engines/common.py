@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from bmm.records import Trial
-from bmm.search.engine import Suggestion
+from bmm.search.engine import Suggestion, cannot_load
 from bmm.search.space import Space, UnitPoint
 
 SOBOL_TRIALS = 5
@@ -19,7 +20,7 @@ SOBOL_TRIALS = 5
 _RESOLUTION = 6
 # Decimals of the unit cube a suggestion is rounded to: 1e-6 of a range changes no merge, and the last bits of an
 # optimiser's answer need not survive another machine's arithmetic.
-_STREAMS = {"sobol": 1, "fallback": 2, "model": 3}
+_STREAMS = {"sobol": 1, "fallback": 2, "model": 3, "population": 4}
 
 
 class SobolEngine:
@@ -44,33 +45,41 @@ class SobolEngine:
 
 
 class ModelEngine:
-    """`SOBOL_TRIALS` quasi-random points, then whatever `suggest` of a subclass makes of the rows.
+    """``first`` quasi-random points, then whatever `suggest` of a subclass makes of the rows.
 
     Where that raises, or repeats an earlier point, the suggestion is a Sobol point of another stream, with a notice.
     """
 
+    key: str  # in `ENGINES`
     name: str
+    first: int = SOBOL_TRIALS
 
     def __init__(self, space: Space, seed: int, shares: Mapping[str, float] | None = None) -> None:
         self.space, self.seed, self.shares = space, seed, dict(shares or {})
         self._sobol = SobolEngine(space, seed)
 
     def suggest(self, number: int, rows: Sequence[Trial], tried: Sequence[UnitPoint]) -> UnitPoint:
-        """The point of trial ``number``: (d,), where ``tried`` has the points of all ``rows``."""
+        """The point of trial ``number``: (d,), where ``tried`` has the points of all ``rows``.
+
+        The global generators are seeded from (seed, number) while it runs, see `seeded`.
+        """
         raise NotImplementedError
 
     def load(self) -> None:
-        """Imports what the engine needs. Raises `StudyError` where it is not installed."""
+        """Imports what the engine needs, so that `ask` raises `StudyError` where that fails."""
 
     def ask(self, rows: Sequence[Trial]) -> Suggestion:
         number = next_number(rows)
-        if sum(row.kind == "search" and row.status != "failed" for row in rows) < SOBOL_TRIALS:
+        if sum(row.kind == "search" and row.status != "failed" for row in rows) < self.first:
             return self._sobol.ask(rows)
         tried = [self.space.to_unit(self.space.point_of(row.hyperparameters)) for row in rows]
-        with quiet():
-            self.load()
         try:
             with quiet():
+                self.load()
+        except ImportError as error:
+            raise cannot_load(self.key, error) from error
+        try:
+            with quiet(), seeded(self.stream(number)):
                 unit = self.suggest(number, rows, tried)
         except Exception as error:  # whatever a numerical library throws, the study goes on
             return self._fallback(number, f"{self.name} failed ({type(error).__name__}: {error})")
@@ -84,6 +93,10 @@ class ModelEngine:
     def stream(self, number: int) -> int:
         """The seed of trial ``number``'s own random numbers."""
         return int(_sequence(self.seed, "model", number).generate_state(1)[0])
+
+    def generator(self, number: int) -> np.random.Generator:
+        """Random numbers that belong to no trial: those of a population, say, which many trials share."""
+        return np.random.default_rng(_sequence(self.seed, "population", number))
 
     def _fallback(self, number: int, why: str) -> Suggestion:
         unit = self._sobol.unit_point(number, "fallback")
@@ -121,3 +134,23 @@ def quiet() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         logging.disable(threshold)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generators of Python, NumPy and PyTorch start from ``seed``; afterwards they are as they were.
+
+    Some library draws from them whatever generator it is given; PyTorch's on accelerators are left alone.
+    """
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
