@@ -18,7 +18,7 @@ def accuracies(work: Path, zoo: str, budget: int) -> dict[str, dict[str, float]]
     def read(name: str) -> dict:
         return json.loads((work / f"{zoo}-{name}.json").read_text())
 
-    ends, plain, tuned = read("ends"), read("plain-tsv"), read(f"tsv-data-b{budget}-s0")
+    ends, plain, tuned = read("ends"), read("plain-tsv"), read(f"tsv-hybrid-b{budget}-s0")
     found = {"base": ends["base"], "TSV": plain["test"], "BMM": tuned["test"], "expert": ends["experts"]}
     return {model: {task: value for task, value, _ in rows} for model, rows in found.items()}
 
