@@ -5,7 +5,7 @@
 
 Studies are of the cheap problem in tests/search/problem.py, each in a process of its own. A process is killed after a
 random time, half of the times counted from its start (imports, opening, reading), half from a random row of the study
-on (suggesting, evaluating, committing); a study that ends first is begun anew, under another seed of the moments.
+on (suggesting, evaluating, committing); a study that ends first is begun anew. The table grows as it goes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 
 from bmm.errors import StudyError  # noqa: E402
 from bmm.records import Trial  # noqa: E402
-from bmm.report import markdown  # noqa: E402
 from bmm.search.database import StudyDatabase  # noqa: E402
 from bmm.search.engine import ENGINES, engine_row  # noqa: E402
 from tests.search.problem import outcomes  # noqa: E402
@@ -113,14 +112,15 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.engines:
         engine_row(name).require(name)
-    table, different = [], False
+    different = False
+    print("| engine | kills | left a trial pending | studies | equal in every row |")
+    print("|--------|------:|---------------------:|--------:|--------------------|", flush=True)
     for name, kills in shared(args.kills, args.engines).items():
         if kills:
             with tempfile.TemporaryDirectory() as folder:
                 landed, pending, studies, equal = check(name, kills, args.seed, Path(folder))
-            table.append([name, str(landed), str(pending), str(studies), "yes" if equal else "NO"])
+            print(f"| {name} | {landed} | {pending} | {studies} | {'yes' if equal else 'NO'} |", flush=True)
             different |= not equal
-    print(markdown(["engine", "kills", "left a trial pending", "studies", "equal in every row"], table))
     if different:
         raise SystemExit("a resumed study differs from the uninterrupted one")
 
