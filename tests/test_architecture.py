@@ -14,7 +14,7 @@ ROOT = Path(bmm.__file__).parent
 CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
-    ["errors"],
+    ["errors", "dominance"],
     ["notation", "records", "progress"],
     ["linalg", "groups"],
     ["checkpoint"],
