@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
 from .run import Run
+from .saving import save
 from .search.database import StudyDatabase
 from .statistics import anchor_needs
 from .trajectory import average
@@ -294,4 +295,7 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
     return {g: float(value) for g in groups}
 
 
-__all__ = ["align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "tune"]
+__all__ = [
+    "align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "save",
+    "tune",
+]  # fmt: skip

@@ -33,6 +33,7 @@ LAYERS = [
     ["run"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
+    ["saving"],
     ["api"],
     ["__init__"],
 ]

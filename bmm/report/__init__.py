@@ -1,11 +1,12 @@
 """Results for people to read."""
 
 from .card import average_card, merge_card, study_card, versions
+from .goals import goal_lines, pareto_figure, pareto_table, write_figure
+from .layout import markdown
 from .methods import knob_range, method_page, methods_index, write_pages
 from .tables import (
     gap_error,
     gap_line,
-    markdown,
     mean_and_error,
     percent,
     score_table,
@@ -15,7 +16,7 @@ from .tables import (
 )
 
 __all__ = [
-    "average_card", "gap_error", "gap_line", "knob_range", "markdown", "mean_and_error", "merge_card", "method_page",
-    "methods_index", "percent", "score_table", "study_card", "text_report", "trial_rows", "trial_table", "versions",
-    "write_pages",
+    "average_card", "gap_error", "gap_line", "goal_lines", "knob_range", "markdown", "mean_and_error", "merge_card",
+    "method_page", "methods_index", "pareto_figure", "pareto_table", "percent", "score_table", "study_card",
+    "text_report", "trial_rows", "trial_table", "versions", "write_figure", "write_pages",
 ]  # fmt: skip

@@ -61,16 +61,11 @@ class Goal:
         if kind not in KINDS:
             raise RecipeError(f"no goal {kind!r}", did_you_mean(kind, KINDS))
         check_floors(floor or {})
-        check_names(floor or {}, objectives, list(reference))
+        check_names(floor or {}, objectives, shares)
         given = dict(floor or {})
         floors = {t: given[t] if t in given else given[EVERY] for t in reference if t in given or EVERY in given}
-        groups = parse_objectives(objectives)
-        for name, tasks in groups.items():
-            if not any(shares[t] > 0 for t in tasks):
-                raise RecipeError(f"objective {name!r}: all of its tasks have weight 0", "give one of them a weight")
-        return cls(
-            {t: float(v) for t, v in reference.items()}, shares, kind, {t: float(v) for t, v in floors.items()}, groups
-        )
+        exact = {t: float(v) for t, v in reference.items()}
+        return cls(exact, shares, kind, {t: float(v) for t, v in floors.items()}, parse_objectives(objectives))
 
     @property
     def plain(self) -> bool:
@@ -156,7 +151,7 @@ class Goal:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Goal:
-        raw = PLAIN | raw
+        raw = {**PLAIN, **raw}
         return cls(
             raw["reference"], raw["weights"], raw["goal"], raw["floor"], {n: tuple(t) for n, t in raw["objectives"]}
         )
@@ -199,7 +194,7 @@ def parse_objectives(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if name in found:
             raise RecipeError(f"two objectives are called {name}", "give each a name of its own: NAME=TASK+TASK")
         if repeated := sorted({t for t in tasks if tasks.count(t) > 1}):
-            raise RecipeError(f"objective {name!r} names {', '.join(repeated)} twice", "weights: TASK=2 counts it twice")
+            raise RecipeError(f"objective {name!r} names {', '.join(repeated)} twice", "weights count a task more")
         found[name] = tasks
     if len(found) == 1:
         raise RecipeError(
@@ -218,8 +213,8 @@ def check_floors(floor: Mapping[str, float]) -> None:
             )
 
 
-def check_names(floor: Mapping[str, float], objectives: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raises `RecipeError` for a floor or an objective of an unknown task."""
+def check_names(floor: Mapping[str, float], objectives: Sequence[str], tasks: Mapping[str, float]) -> None:
+    """Raises `RecipeError` for a floor or an objective that does not fit ``tasks``, their weights by name."""
     for task in floor:
         if task != EVERY and task not in tasks:
             raise RecipeError(f"floor of an unknown task {task!r}", did_you_mean(task, tasks))
@@ -227,3 +222,5 @@ def check_names(floor: Mapping[str, float], objectives: Sequence[str], tasks: Se
         for task in members:
             if task not in tasks:
                 raise RecipeError(f"objective {name!r}: unknown task {task!r}", did_you_mean(task, tasks))
+        if not any(tasks[task] > 0 for task in members):
+            raise RecipeError(f"objective {name!r}: all of its tasks have weight 0", "give one of them a weight")

@@ -42,15 +42,17 @@ def run_study(
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
     task's score of its own expert. The objective, maximised, is a mean over tasks of score / reference, weighted by
-    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`). Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
-    budget. Trials left pending by a killed run are evaluated again under their number before anything else.
+    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`). Trial 0 is the anchor
+    and trial 1 the default; both, and failed trials, count in the budget. Trials left pending by a killed run are
+    evaluated again under their number before anything else.
 
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
     each evaluation; ``should_stop`` is asked before each.
 
     Raises `RecipeError` for a reference, weight, goal, budget or engine that makes no sense, `StudyError` where the
-    database holds another search (seed, space, reference, weights, goal, engine) or where anchor and default both failed.
+    database holds another search (another seed, space, reference, goal, engine, ...) or where anchor and default both
+    failed.
     """
     aim = Goal.of(reference, weights, goal, floor, objectives)
     if budget < 1:

@@ -107,6 +107,9 @@ def _model_class() -> Any:
             coefficients: (m,).
         """
 
+        alpha: torch.Tensor
+        root: torch.Tensor
+
         def __init__(self, x: Array, outcomes: Array, coefficients: Array) -> None:
             super().__init__(x, outcomes)
             total = coefficients * self.deviations.numpy()

@@ -52,9 +52,8 @@ def outcomes_of(goal: Goal, rows: Sequence[Trial], by_task: bool) -> Outcomes:
     by_task = by_task or goal.kind == "worst"  # the lowest of several tasks has kinks that no smooth process follows
     groups, columns = goal.groups(), dict[tuple[str, str], list[float]]()
     objectives = [goal.values(row.scores) for row in rows]
-    for name, shares in groups.items():
-        if not by_task:
-            columns["objective", name] = [values[name] for values in objectives]
+    if not by_task:
+        columns |= {("objective", name): [values[name] for values in objectives] for name in groups}
     for task in sorted({*goal.floors, *(t for shares in groups.values() for t in shares if by_task)}):
         columns["task", task] = [row.scores[task] / goal.reference[task] for row in rows]
     place = {key: index for index, key in enumerate(columns)}
@@ -113,7 +112,7 @@ def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, by
 
     outcomes = outcomes_of(goal, rows, by_task)
     model = processes_class()(x, outcomes.values)
-    constraints = _constraints(outcomes.floors, model.deviations) or None
+    constraints = _constraints(outcomes.floors, model.deviations)
     allowed = [i for i, row in enumerate(rows) if not goal.shortfalls(row.scores)]
     if not allowed:
         return qLogProbabilityOfFeasibility(model, constraints, X_pending=pending)
@@ -126,7 +125,7 @@ def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, by
     def scaled(samples: Tensor, X: Tensor | None = None) -> Tensor:
         return (objectives(samples) - low) / unit  # (..., k)
 
-    common = {"constraints": constraints, "X_pending": pending, "prune_baseline": True}
+    common = {"constraints": constraints or None, "X_pending": pending, "prune_baseline": True}
     if 1 < values.shape[1] <= HYPERVOLUME_OBJECTIVES:
         return qLogNoisyExpectedHypervolumeImprovement(
             model,
