@@ -222,6 +222,8 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
         if meta.get("many"):
             if "separator" in meta:  # repeated elements are for the recipe's own check
                 texts = [value] if isinstance(value, str) else value
+                if not isinstance(texts, list | tuple):
+                    raise TypeError("a list")
                 return tuple(part for text in texts for part in str(text).split(meta["separator"]))
             if isinstance(value, str):
                 raise TypeError("a list")

@@ -38,4 +38,4 @@ def command(
 
     with Console(quiet) as console:
         path = save(study, trial, out=out, overwrite=overwrite, progress=console.stage, **collected(values))
-    emit(f"saved checkpoint: {path}", {"checkpoint": str(path), "trial": trial}, as_json)
+    emit(f"saved checkpoint: {path}", {"checkpoint": str(path)}, as_json)

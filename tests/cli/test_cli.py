@@ -111,7 +111,7 @@ def test_goals_fronts_and_saving_on_the_command_line(recipe, tmp_path):
     bmm("merge", "--study", out, "--trial", number, "-o", tmp_path / "merged", "-q")
     saved, merged = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("saved", "merged"))
     assert saved == merged
-    assert "end in .html" in bmm("report", out, "--pareto", tmp_path / "front.pdf", code=2).stderr
+    assert "ends in .html" in bmm("report", out, "--pareto", tmp_path / "front.pdf", code=2).stderr
 
 
 def test_experts_on_the_command_line(family, tmp_path):

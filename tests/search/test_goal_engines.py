@@ -198,8 +198,8 @@ def test_a_pareto_study_finds_a_larger_front_than_sobol(tmp_path):
     u = np.linspace(0.15, 0.85, 2001)
     ideal = hypervolume(list(zip(np.exp(-2 * (u - 0.15) ** 2), np.exp(-2 * (u - 0.85) ** 2), strict=True)), (0.0, 0.0))
     for seed in range(2):
-        assert areas["botorch", seed] > areas["sobol", seed] + 0.02 * ideal, (areas, ideal)
-        assert areas["botorch", seed] > 0.95 * ideal, (areas, ideal)
+        assert areas["botorch", seed] > areas["sobol", seed] + 0.1 * ideal, (areas, ideal)
+        assert areas["botorch", seed] > 0.88 * ideal, (areas, ideal)
 
 
 @pytest.mark.slow
