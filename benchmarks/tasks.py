@@ -21,7 +21,8 @@ from bmm import zoo
 from bmm.report import markdown
 
 ANCHOR = "tsv"
-LINES = ("base", "task_arithmetic", ANCHOR, "BMM datafree", "BMM data", "experts")
+SOURCES = ("data", "datafree", "hybrid")
+LINES = ("base", "task_arithmetic", ANCHOR, *(f"BMM {source}" for source in SOURCES), "experts")
 
 
 def measure(args: Any, count: int, seed: int) -> dict[str, float] | None:
@@ -30,8 +31,7 @@ def measure(args: Any, count: int, seed: int) -> dict[str, float] | None:
     names = sorted(random.Random(f"{count}-{seed}").sample(every, count)) if count < len(every) else every
     bench = Bench(args, names, "" if count == len(every) else f"-{count}of{seed}")
     ends, plains = bench.ends(), {a: bench.plain(a) for a in ("task_arithmetic", ANCHOR)}
-    sources = ("data", "datafree")
-    tuned = {s: bench.tuned(f"{ANCHOR}-{s}", seed, anchor=ANCHOR, grams=s) for s in sources}
+    tuned = {s: bench.tuned(f"{ANCHOR}-{s}", seed, anchor=ANCHOR, grams=s) for s in SOURCES}
     if ends is None or None in plains.values() or None in tuned.values():
         return None
     anchor, experts = scores(plains[ANCHOR]["test"]), scores(ends["experts"])
@@ -56,7 +56,7 @@ def draw(path: Path, points: dict[int, list[dict[str, float]]]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for line in LINES:
         left.plot(counts, [100 * statistics.mean(p[line] for p in points[c]) for c in counts], marker="o", label=line)
-    for source in ("data", "datafree"):
+    for source in SOURCES:
         shares = [[100 * p[f"gap {source}"] for p in points[c]] for c in counts]
         spread = [statistics.stdev(s) if len(s) > 1 else 0.0 for s in shares]
         right.errorbar(
@@ -84,11 +84,11 @@ def main() -> None:
     rows = []
     for count, found in points.items():
         if found:
-            shares = [[100 * p[f"gap {s}"] for p in found] for s in ("data", "datafree")]
+            shares = [[100 * p[f"gap {s}"] for p in found] for s in SOURCES]
             means = [f"{100 * statistics.mean(p[line] for p in found):.1f}" for line in LINES]
             gaps = [f"{statistics.mean(s):.0f} (sd {statistics.stdev(s) if len(s) > 1 else 0:.0f}) %" for s in shares]
             rows.append([str(count), str(len(found)), *means, *gaps])
-    publish(args, "tasks", markdown(["tasks", "sets", *LINES, "gap closed, data", "gap closed, datafree"], rows))
+    publish(args, "tasks", markdown(["tasks", "sets", *LINES, *(f"gap closed, {s}" for s in SOURCES)], rows))
     if rows:
         args.svg.parent.mkdir(parents=True, exist_ok=True)
         draw(args.svg, {c: p for c, p in points.items() if p})

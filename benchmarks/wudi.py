@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, float | int | str]]] = {
     START: ("task_arithmetic", {"scale": 1.0}),
     "wudi, 300 Adam steps": ("wudi", {}),
     "wudi, 3000 Adam steps": ("wudi", {"steps": 3000}),
-    "wudi_exact, ridge 1e-6": ("wudi_exact", {}),
+    "wudi_exact, ridge 1e-6": ("wudi_exact", {"ridge": 1e-6}),
     "wudi_exact, ridge 1e-3": ("wudi_exact", {"ridge": 1e-3}),
     "wudi_exact, ridge 1e-2": ("wudi_exact", {"ridge": 1e-2}),
     "wudi_exact, ridge 1e-1": ("wudi_exact", {"ridge": 1e-1}),

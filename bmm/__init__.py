@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import anchors, grams, rebasin, solver
-    from .api import align, average, collect_grams, evaluate, load_study, merge, reconstruct, save, tune
+    from . import analysis, anchors, grams, rebasin, solver
+    from .api import align, analyse, average, collect_grams, evaluate, load_study, merge, reconstruct, save, tune
     from .errors import BmmError
     from .evaluation import Task
     from .recipe import Recipe
@@ -20,18 +20,17 @@ if TYPE_CHECKING:
     from .report import pareto_figure
 
 _HOMES = {
-    "align": "api", "average": "api", "tune": "api", "merge": "api", "evaluate": "api", "collect_grams": "api",
-    "load_study": "api", "reconstruct": "api", "save": "api",
-    "pareto_figure": "report",
+    "align": "api", "analyse": "api", "average": "api", "tune": "api", "merge": "api", "evaluate": "api",
+    "collect_grams": "api", "load_study": "api", "reconstruct": "api", "save": "api", "pareto_figure": "report",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
-_MODULES = {"anchors", "grams", "rebasin", "solver"}
+_MODULES = {"analysis", "anchors", "grams", "rebasin", "solver"}
 
 __all__ = [
-    "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align", "anchors",
-    "average", "collect_grams", "evaluate", "grams", "load_study", "merge", "pareto_figure", "rebasin", "reconstruct",
-    "save", "solver", "tune",
+    "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align", "analyse",
+    "analysis", "anchors", "average", "collect_grams", "evaluate", "grams", "load_study", "merge", "pareto_figure",
+    "rebasin", "reconstruct", "save", "solver", "tune",
 ]  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool, open_checkpoint
-from .errors import MergeError, RecipeError, did_you_mean
+from .errors import MergeError, RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
@@ -25,6 +26,8 @@ from .report import merge_card
 from .run import Run
 from .saving import save
 from .search.database import StudyDatabase
+from .search.goal import Goal
+from .search.space import Space
 from .statistics import anchor_needs
 from .trajectory import average
 from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
@@ -268,6 +271,25 @@ def load_study(path: str | Path) -> StudyResult:
     return load_result(path)
 
 
+def analyse(study: StudyResult | str | Path) -> Analysis:
+    """What a study's completed trials tell: which hyperparameters mattered and how, and how sure the best is.
+
+    Args:
+        study: the folder of a tuning run, finished or not, or its result (whose "study" path must still be right).
+
+    Raises:
+        StudyError: no study there, or fewer than 8 completed trials.
+    """
+    path = study_file(study.paths.get("study", "") if isinstance(study, StudyResult) else study)
+    with StudyDatabase.open(path, readonly=True) as database:
+        meta, trials = database.meta(), database.trials()
+    if "search" not in meta:
+        raise StudyError(f"{path} has no trial yet", f"continue it with `bmm tune --resume {path.parent}`")
+    trials = study.trials if isinstance(study, StudyResult) else trials
+    goal = Goal.from_json(meta["search"])
+    return analyse_rows(trials, Space.from_json(meta["search"]["space"]), goal.reference, goal)
+
+
 def _open(
     recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True, check: bool = True
 ) -> Run:
@@ -296,6 +318,6 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
 
 
 __all__ = [
-    "align", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct", "save",
-    "tune",
+    "align", "analyse", "average", "collect_grams", "evaluate", "load_study", "make_recipe", "merge", "reconstruct",
+    "save", "tune",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from .errors import RecipeError, did_you_mean
 
 SCHEMES = ("global", "depth", "role", "bands", "module")
+AUTO = "auto"
 
 # Ordered: the first pattern found at the end of the module's path gives the role.
 _ROLES: tuple[tuple[str, str], ...] = (
@@ -133,6 +134,25 @@ def relative_depths(parameters: Iterable[str]) -> dict[str, float]:
         return 0.0 if entrance else 1.0
 
     return {name: inside(block) if block else outside(name) for name, block in blocks.items()}
+
+
+def automatic_groups(
+    weights: Iterable[str], parameters: int, overrides: Mapping[str, str] | None = None
+) -> tuple[str, int]:
+    """The finest scheme, and its bands, whose groups have at most that many parameters, two a group.
+
+    Role within as many depth bands as fit, else role, else depth bands alone, else one group. `Run` calls it with a
+    third of the budget: a search of d parameters wants three trials for each.
+    """
+    names = list(weights)
+    fits = parameters // 2
+    depths = {block.place for name in names if (block := _block(name))}
+    counts = range(len(depths), 1, -1)
+    candidates = [("bands", b) for b in counts] + [("role", 1)] + [("depth", b) for b in (*counts, 1)]
+    for scheme, bands in candidates:
+        if len(set(search_groups(names, scheme, bands, overrides).values())) <= fits:
+            return scheme, bands
+    return "global", 1
 
 
 _NUMBERED = re.compile(r"(?:(?:encoder_|decoder_)?layer_?|stage_?|block_?|group_?|res|denseblock_?|denselayer_?)?(\d+)")

@@ -16,8 +16,8 @@ import yaml
 
 from . import anchors
 from .errors import RecipeError, did_you_mean
-from .groups import SCHEMES
-from .search.goal import EVERY, KINDS, check_floors, parse_objectives
+from .groups import AUTO, SCHEMES
+from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
 
 GRAMS = ("data", "datafree", "hybrid")
 FISHERS = ("auto", "sampled", "true")
@@ -71,7 +71,11 @@ class Recipe:
     weights: dict[str, float] = _key(
         dict, "Task weights in merge, regression and objective: NAME=VALUE, 1 if unnamed.", mapping="float"
     )
-    groups: str = _key("depth", "What shares one (lam, rho) pair.", choices=SCHEMES)
+    groups: str = _key(
+        "depth",
+        "What shares one (lam, rho) pair; auto: by role and depth, as fine as the budget allows.",
+        choices=(*SCHEMES, AUTO),
+    )
     bands: int = _key(4, "Depth bands when groups is depth or bands.", low=1)
     group: dict[str, str] = _key(dict, "Override a module's group: PATTERN=GROUP.", mapping="str")
     log10_lam: tuple[float, float] = _key((-4.0, 3.0), "Range of log10(lam), the prior's precision.", pair=True)
@@ -102,6 +106,12 @@ class Recipe:
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key(
         "botorch", "What proposes the next trial: botorch (Bayesian optimisation), ax (Ax as it comes) or sobol."
+    )
+    early_stopping: float = _key(
+        0.0,
+        "Stop a trial that is the best with a probability below this, by the tasks so far; 0: never.",
+        low=0,
+        high=0.5,
     )
     seed: int = _key(0, "Seed of every random draw.", low=0)
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
@@ -190,6 +200,7 @@ class Recipe:
             raise RecipeError(f"{where}: search has gamma, but grams is {self.grams}", "gamma mixes hybrid Grams")
         check_floors(self.floor)
         parse_objectives(self.objectives)
+        check_stopping(self.early_stopping, self.goal, self.floor, self.objectives)
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite numbers")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .dominance import non_dominated
 from .errors import StudyError
 
-TrialStatus = Literal["pending", "completed", "failed"]
+TrialStatus = Literal["pending", "completed", "stopped", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
 
 
@@ -79,7 +79,8 @@ class Trial:
     """One row of a study.
 
     ``scores`` are raw validation scores by task (higher is better), ``objective`` what the study's goal makes of them
-    (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's.
+    (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's. A stopped trial has
+    the scores of some tasks only, and the objective that was forecast from them.
     """
 
     number: int
@@ -150,6 +151,12 @@ class StudyResult:
         """(best - anchor) / (experts - anchor) of the mean scores; NaN where the experts do not beat the anchor."""
         anchor, experts = self.mean("anchor", split), self.mean("experts", split)
         return (self.mean("best", split) - anchor) / (experts - anchor) if experts > anchor else math.nan
+
+    def analysis(self) -> Any:
+        """What the trials tell of the hyperparameters and of themselves: see `bmm.analyse`."""
+        import bmm  # a convenience that looks up at the whole package
+
+        return bmm.analyse(self)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +21,9 @@ from .evaluation import Task, check_skeleton, check_tasks, score_tasks, swapped
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
 from .grams.store import flat, source_of
+from .groups import AUTO, automatic_groups
 from .loading import ModelBuilder, build_model, find_device
-from .merging import PreparedModel, anchor_grams, prepare_model
+from .merging import PreparedModel, anchor_grams, matrix_layouts, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
 from .recipe import Recipe, load_function
@@ -70,6 +72,10 @@ class Run:
         if not base or not experts:
             raise RecipeError("base and experts go together", "give both, or neither for the embedded zoo")
         self.pool = ModelPool.open(base, list(experts.values()), skip=recipe.skip, task_names=list(experts))
+        if recipe.groups == AUTO:
+            names = matrix_layouts(self.pool, None)
+            scheme, bands = automatic_groups(names, recipe.budget // 3, recipe.group)
+            self.recipe = replace(recipe, groups=scheme, bands=bands)  # for good: a larger budget keeps the groups
         self.experts = list(experts)
         unknown = set(recipe.weights) - set(experts)
         if unknown:

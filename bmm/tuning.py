@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def tune_recipe(
     seconds: dict[str, float] = {}
     with stopwatch(seconds, "open"):
         run = Run(recipe, tasks=tasks, model=model, progress=progress)
+    recipe = run.recipe
     with stopwatch(seconds, "experts"):
         experts = run.score_experts("validation")
     with stopwatch(seconds, "prepare"):
@@ -80,8 +81,11 @@ def tune_recipe(
     inputs = run.pool.fingerprint()
     space = search_space(run, prepared.groups)
 
-    def evaluate(point: Hyperparameters) -> dict[str, float]:
-        return {s.task: s.value for s in run.score(prepared.merge(point), "validation")}
+    def evaluate(point: Hyperparameters) -> Mapping[str, float]:
+        merged = prepared.merge(point)
+        if recipe.early_stopping:
+            return ScoresOnDemand(run, merged)
+        return {s.task: s.value for s in run.score(merged, "validation")}
 
     database = (
         StudyDatabase.open(out / STUDY)
@@ -108,6 +112,7 @@ def tune_recipe(
                 budget=recipe.budget,
                 seed=recipe.seed,
                 engine=recipe.engine,
+                early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
                 goal=recipe.goal,
                 floor=recipe.floor,
@@ -117,6 +122,23 @@ def tune_recipe(
             )
         goal = Goal.from_json(database.meta()["search"])
         return finish(run, prepared, trials, experts, seconds, goal)
+
+
+class ScoresOnDemand(Mapping[str, float]):
+    """A merged model's validation scores by task, each measured when it is read."""
+
+    def __init__(self, run: Run, tensors: StateDict) -> None:
+        self._run, self._tensors = run, tensors
+        self._tasks = {task.name: task for task in run.tasks}
+
+    def __getitem__(self, task: str) -> float:
+        return self._run.score(self._tensors, "validation", [self._tasks[task]])[0].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
 
 
 def search_space(run: Run, groups: list[str]) -> Space:
@@ -215,7 +237,7 @@ def load_result(folder: str | Path) -> StudyResult:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise StudyError(f"{finished} is damaged", f"`bmm tune --resume {path.parent}` writes it again") from error
         if len(result.trials) == len(trials):
-            return result
+            return replace(result, paths=result.paths | {"study": str(path)})
     if not any(t.status == "completed" for t in trials):
         raise StudyError(f"{path} has no completed trial yet", f"continue it with `bmm tune --resume {path.parent}`")
     goal = Goal.from_json(meta["search"])

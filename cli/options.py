@@ -18,7 +18,9 @@ GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
-SEARCH = ("log10_lam", "rho", "search", "goal", "floor", "objectives", "budget", "engine", "seed", "out")
+SEARCH = (
+    "log10_lam", "rho", "search", "goal", "floor", "objectives", "budget", "engine", "early_stopping", "seed", "out",
+)  # fmt: skip
 
 
 def _default(key: Field[Any]) -> Any:

@@ -101,6 +101,8 @@ class Console:
             self._bars.update(self._tasks["trials"], completed=trial.number + 1, detail=top)
             return
         shown = f"{trial.objective:.4f}" if trial.objective is not None else f"failed: {trial.error}"
+        if trial.status == "stopped":
+            shown = f"about {shown}, stopped after {len(trial.scores)} tasks"
         click.echo(f"trial {trial.number + 1}/{self.budget} {trial.kind} {shown}; {top}; {left:.0f} s left", err=True)
 
 

@@ -9,10 +9,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hypothesis import settings
 
 from tests import family as family_module
 
 torch.set_num_threads(1)
+settings.register_profile("bmm", deadline=None)  # a busy machine is no failure
+settings.load_profile("bmm")
 
 
 @pytest.fixture(scope="session")

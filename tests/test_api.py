@@ -338,3 +338,26 @@ def test_a_plain_merge_names_the_checkpoint_with_bad_numbers_and_leaves_nothing(
     with pytest.raises(CheckpointError, match=rf"expert '{TASKS[1]}' .*'{re.escape(name)}' holds 1 NaN"):
         bmm.merge(base=str(family.base), experts=experts, anchor=anchor, out=tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_automatic_groups_are_kept_when_the_budget_grows(family, tmp_path):
+    keys = family.recipe(engine="sobol", anchor="average", groups="auto")
+    first = bmm.tune(keys, budget=20, out=str(tmp_path / "run"))
+    assert first.recipe["groups"] != "auto"
+    groups = first.best.hyperparameters.lam.keys()
+    assert 2 * len(groups) <= 20 // 3
+    longer = bmm.tune(resume=tmp_path / "run", budget=24)
+    assert len(longer.trials) == 24
+    assert longer.best.hyperparameters.lam.keys() == groups
+
+
+def test_early_stopping_from_end_to_end(family, tmp_path):
+    keys = family.recipe(engine="sobol", anchor="average")
+    whole = bmm.tune(keys, budget=16, out=str(tmp_path / "whole"))
+    quick = bmm.tune(keys, budget=16, early_stopping=0.3, out=str(tmp_path / "quick"))
+    stopped = [t for t in quick.trials if t.status == "stopped"]
+    assert stopped
+    for trial in stopped:
+        assert trial.scores.items() < whole.trials[trial.number].scores.items()
+    report = (tmp_path / "quick" / "report.md").read_text()
+    assert f"{len(stopped)} stopped early" in report

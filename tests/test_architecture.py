@@ -28,6 +28,7 @@ LAYERS = [
     ["merging"],
     ["sequential"],
     ["search"],
+    ["analysis"],
     ["zoo", "recipe", "report"],
     ["loading", "statistics"],
     ["run"],

@@ -1,7 +1,7 @@
 import pytest
 
 from bmm.errors import RecipeError
-from bmm.groups import depth_of, module_of, relative_depths, role_of, search_groups
+from bmm.groups import automatic_groups, depth_of, module_of, relative_depths, role_of, search_groups
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,22 @@ def test_overrides_win_and_must_match():
     assert set(groups.values()) == {"attention", "conv1"}
     with pytest.raises(RecipeError, match="matches no merged module"):
         search_groups(NAMES, "role", overrides={"*.mlp.*": "x"})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [(30, ("bands", 6)), (14, ("bands", 3)), (9, ("role", 1)), (6, ("role", 1)), (4, ("depth", 1)), (2, ("global", 1))],
+)
+def test_automatic_groups_are_as_fine_as_the_parameters_allow(parameters, expected):
+    found = automatic_groups(NAMES, parameters)
+    assert found == expected
+    assert 2 * len(set(search_groups(NAMES, *found).values())) <= parameters
+
+
+def test_automatic_groups_count_overrides():
+    assert automatic_groups(NAMES, 8) == ("role", 1)
+    assert automatic_groups(NAMES, 8, {"stem.*": "k.0"}) == ("bands", 2)
+    assert automatic_groups(["head.weight"], 50) == ("role", 1)
 
 
 def test_unknown_scheme_suggests():

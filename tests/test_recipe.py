@@ -101,6 +101,13 @@ def test_a_floor_is_one_number_or_one_a_task(given, floor):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+@pytest.mark.parametrize("goal", [{"goal": "worst"}, {"floor": 0.9}, {"objectives": "a,b"}])
+def test_early_stopping_goes_with_the_mean_alone(goal):
+    with pytest.raises(RecipeError, match="early_stopping does not go with"):
+        Recipe.from_dict({"early_stopping": 0.05, **goal})
+    Recipe.from_dict({"early_stopping": 0.05, "goal": "mean"})
+
+
 @pytest.mark.parametrize("given", [True, "high", [0.9]])
 def test_a_floor_is_nothing_else(given):
     with pytest.raises(RecipeError, match="expected"):

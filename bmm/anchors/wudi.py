@@ -67,6 +67,8 @@ def wudi_exact(taus: Tensor, context: Context, *, ridge: float, towards: Literal
 
         d = z + (B - z A) (A + mu I)^-1
 
+    A small ridge keeps the minimum from overfitting the task vectors: of 1e-6 to 1, 1e-2 was best on validation data.
+
     In float64 through the eigenvectors of A; with ridge 0 the inverse is the pseudo-inverse, and d the minimiser
     nearest to z. What no task vector reaches stays at z, which is zero there. One expert gives that expert.
     """

@@ -1,6 +1,16 @@
 """Results for people to read."""
 
 from .card import average_card, merge_card, study_card, versions
+from .figures import (
+    effects_figure,
+    group_label,
+    importance_figure,
+    parameter_label,
+    prediction_figure,
+    progress_figure,
+    trust,
+    write_figures,
+)
 from .goals import goal_lines, pareto_figure, pareto_table, write_figure
 from .layout import markdown
 from .methods import knob_range, method_page, methods_index, write_pages
@@ -16,7 +26,8 @@ from .tables import (
 )
 
 __all__ = [
-    "average_card", "gap_error", "gap_line", "goal_lines", "knob_range", "markdown", "mean_and_error", "merge_card",
-    "method_page", "methods_index", "pareto_figure", "pareto_table", "percent", "score_table", "study_card",
-    "text_report", "trial_rows", "trial_table", "versions", "write_figure", "write_pages",
+    "average_card", "effects_figure", "gap_error", "gap_line", "goal_lines", "group_label", "importance_figure",
+    "knob_range", "markdown", "mean_and_error", "merge_card", "method_page", "methods_index", "pareto_figure",
+    "pareto_table", "parameter_label", "percent", "prediction_figure", "progress_figure", "score_table", "study_card",
+    "text_report", "trial_rows", "trial_table", "trust", "versions", "write_figure", "write_figures", "write_pages",
 ]  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError, StudyError, WriteError
+from ..checkpoint.atomic import writing
+from ..errors import RecipeError, StudyError
 from ..records import StudyResult, Trial
 from ..search.goal import Goal
 from .layout import markdown
@@ -112,8 +113,6 @@ def write_figure(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".html":
         raise RecipeError(f"cannot write a figure to {path}", "give a file that ends in .html")
-    try:
-        figure.write_html(path, include_plotlyjs=True)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror}", "is the folder there and writable?") from error
+    with writing(path):
+        path.write_text(figure.to_html(include_plotlyjs=True, full_html=True, div_id="pareto"), encoding="utf-8")
     return path

@@ -56,7 +56,7 @@ def trial_rows(trials: Sequence[Trial], violations: Mapping[int, float] | None =
     """Trials as flat rows with the best objective so far: of trials that keep the floors, as soon as there is one."""
     best, least, rows = -math.inf, math.inf, []
     for t in trials:
-        if t.objective is not None:
+        if t.objective is not None and t.status == "completed":
             missed = (violations or {}).get(t.number, 0.0)
             if (-missed, t.objective) > (-least, best):
                 best, least = t.objective, missed
@@ -117,6 +117,9 @@ def text_report(result: StudyResult) -> str:
     split: Literal["validation", "test"] = "test" if result.test else "validation"
     done = [t for t in result.trials if t.status == "completed"]
     failed = [t for t in result.trials if t.status == "failed"]
+    stopped = [t for t in result.trials if t.status == "stopped"]
+    tasks = len(result.best.scores)
+    saved = sum(tasks - len(t.scores) for t in stopped)
     parts = [
         f"## {split.capitalize()} accuracy (%)",
         score_table(getattr(result, split)),
@@ -124,6 +127,11 @@ def text_report(result: StudyResult) -> str:
         "## Best trial",
         f"trial {result.best.number} ({result.best.kind}) of {len(done)} completed"
         + (f", {len(failed)} failed" if failed else "")
+        + (
+            f", {len(stopped)} stopped early ({saved} of {tasks * len(result.trials)} task scores saved)"
+            if stopped
+            else ""
+        )
         + f"; validation objective {result.best.objective:.4f}",
         *goal_lines(result),
         hyperparameter_table(result.hyperparameters),

@@ -1,8 +1,9 @@
 """A study on disk: one SQLite file, the single truth about what was tried and what came out.
 
-A trial is committed before it is evaluated ("pending") and again after ("completed" or "failed"), each commit in its
-own transaction with ``journal_mode=WAL`` and ``synchronous=FULL``. A killed process loses nothing it committed, since
-the pages are with the kernel; FULL also syncs the log, so that neither does a power cut. That is two syncs a trial.
+A trial is committed before it is evaluated ("pending") and again after ("completed", "stopped", "failed"), each commit
+in its own transaction with ``journal_mode=WAL`` and ``synchronous=FULL``. A killed process loses nothing it committed,
+since the pages are with the kernel; FULL also syncs the log, so that neither does a power cut. That is two syncs a
+trial.
 
 Floats are written by JSON with their shortest exact text or as 8-byte SQLite reals, and read back bit for bit.
 """
@@ -23,14 +24,14 @@ from bmm.errors import StudyError
 from bmm.records import Hyperparameters, Trial
 from bmm.search.lock import StudyLock
 
-SCHEMA = 1
+SCHEMA = 2
 
 _TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE trials (
         number INTEGER PRIMARY KEY,
         kind TEXT NOT NULL CHECK (kind IN ('anchor', 'default', 'search')),
-        status TEXT NOT NULL CHECK (status IN ('pending', 'completed', 'failed')),
+        status TEXT NOT NULL CHECK (status IN ('pending', 'completed', 'stopped', 'failed')),
         hyperparameters TEXT NOT NULL,
         scores TEXT NOT NULL,
         objective REAL,

@@ -213,6 +213,13 @@ def check_floors(floor: Mapping[str, float]) -> None:
             )
 
 
+def check_stopping(risk: float, kind: str, floor: Mapping[str, float], objectives: Sequence[str]) -> None:
+    """Raises `RecipeError` for early stopping under another goal than the mean: its forecasts are of weighted means."""
+    if risk and (kind != "mean" or floor or objectives):
+        what = f"goal {kind}" if kind != "mean" else "a floor" if floor else "objectives"
+        raise RecipeError(f"early_stopping does not go with {what}", "its forecasts are of the weighted mean: drop one")
+
+
 def check_names(floor: Mapping[str, float], objectives: Sequence[str], tasks: Mapping[str, float]) -> None:
     """Raises `RecipeError` for a floor or an objective that does not fit ``tasks``, their weights by name."""
     for task in floor:

@@ -13,8 +13,9 @@ from bmm.errors import RecipeError, StudyError
 from bmm.records import Hyperparameters, Trial, TrialKind
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
-from bmm.search.goal import PLAIN, Goal
+from bmm.search.goal import PLAIN, Goal, check_stopping
 from bmm.search.space import Space
+from bmm.search.stopping import Stopper
 
 Evaluate = Callable[[Hyperparameters], Mapping[str, float]]
 OnTrial = Callable[[Trial, Trial | None], None]
@@ -35,6 +36,7 @@ def run_study(
     goal: str = "mean",
     floor: Mapping[str, float] | None = None,
     objectives: Sequence[str] = (),
+    early_stopping: float = 0.0,
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Trial]:
@@ -45,6 +47,10 @@ def run_study(
     ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`). Trial 0 is the anchor
     and trial 1 the default; both, and failed trials, count in the budget. Trials left pending by a killed run are
     evaluated again under their number before anything else.
+
+    With ``early_stopping`` above zero a trial's tasks are read from the mapping one by one, in an order of its own,
+    and the trial is stopped where the probability that it becomes the best falls below that value
+    (`bmm.search.stopping`): give a mapping that scores a task when it is read.
 
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
@@ -59,8 +65,14 @@ def run_study(
         raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
+    check_stopping(early_stopping, goal, floor or {}, objectives)
     suggester = build_engine(engine, space, seed, aim.coefficients(), aim)
-    _claim(database, {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json()})
+    stopper = Stopper(aim.coefficients(), seed, early_stopping) if early_stopping else None
+    _claim(
+        database,
+        {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json()}
+        | ({"early_stopping": early_stopping} if early_stopping else {}),
+    )
     trials = database.trials()
     if len(trials) > budget:
         raise StudyError(
@@ -77,7 +89,7 @@ def run_study(
             trials.append(trial)
         else:
             break
-        outcome = _evaluated(trial, evaluate, aim)
+        outcome = _evaluated(trial, evaluate, aim, stopper, trials)
         database.finish(outcome)
         trials[trials.index(trial)] = outcome
         if on_trial is not None:
@@ -111,10 +123,18 @@ def _begin(database: StudyDatabase, suggester: Engine, space: Space, trials: Seq
     return trial
 
 
-def _evaluated(trial: Trial, evaluate: Evaluate, goal: Goal) -> Trial:
+def _evaluated(
+    trial: Trial, evaluate: Evaluate, goal: Goal, stopper: Stopper | None = None, trials: Sequence[Trial] = ()
+) -> Trial:
     started = time.perf_counter()
     try:
-        scores = {task: float(value) for task, value in evaluate(trial.hyperparameters).items()}
+        found = evaluate(trial.hyperparameters)
+        if stopper is not None:
+            found, forecast = stopper.scores(trial, trials, found)
+            if forecast is not None:
+                seconds = time.perf_counter() - started
+                return replace(trial, status="stopped", scores=found, objective=forecast.mean, seconds=seconds)
+        scores = {task: float(value) for task, value in found.items()}
         if wrong := sorted(scores.keys() ^ goal.reference.keys()):
             raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         if bad := {task: value for task, value in scores.items() if not math.isfinite(value)}:
@@ -136,9 +156,10 @@ def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
         database.set_meta(_IDENTITY, identity)
         return
     identity, recorded = json.loads(json.dumps(identity)), PLAIN | recorded
-    if changed := [key for key in identity if identity[key] != recorded.get(key)]:
+    if changed := [key for key in identity | recorded if identity.get(key) != recorded.get(key)]:
         key = changed[0]
-        detail = f": {recorded.get(key)} there, {identity[key]} here" if key in ("seed", "engine", "goal") else ""
+        known = key in ("seed", "engine", "goal")
+        detail = f": {recorded.get(key)} there, {identity.get(key)} here" if known else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",
             "resume with the original recipe (only the budget may grow), or start a new study",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bmm.analysis.rows import analyse_rows
 from bmm.dominance import non_dominated
 from bmm.errors import RecipeError, StudyError
 from bmm.records import Hyperparameters, StudyResult, Trial
@@ -179,6 +180,17 @@ def test_a_study_ranks_by_its_goal_and_records_it(tmp_path):
     with StudyDatabase.open(tmp_path / "s.db", readonly=True) as database:
         assert Goal.from_json(database.meta()["search"]) == aim
     assert study(tmp_path / "s.db", **goal) == trials
+
+
+def test_an_analysis_is_about_the_trial_that_keeps_the_floors(tmp_path):
+    floor = {"task3": 0.8}
+    trials = study(tmp_path / "s.db", budget=9, floor=floor)
+    aim = Goal.of(REFERENCE, floor=floor)
+    assert best(trials, aim) != best(trials)
+    leaders = [best(trials[: n + 1], aim) for n, t in enumerate(trials) if t.status == "completed"]
+    found = analyse_rows(trials, SPACE, REFERENCE, aim)
+    assert found.progress.best == [t.objective for t in leaders]
+    assert found.progress.tasks["task3"][-1] == best(trials, aim).scores["task3"] / REFERENCE["task3"]
 
 
 def test_a_study_from_before_there_were_goals_goes_on(tmp_path):

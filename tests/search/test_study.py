@@ -212,6 +212,7 @@ def test_another_search_cannot_go_on_in_a_study(path, changes, said):
         ({"budget": 0}, "budget of 0"),
         ({"seed": -1}, "seed -1"),
         ({"engine": "ex"}, "unknown engine"),
+        ({"goal": "worst", "early_stopping": 0.1}, "early_stopping does not go with goal worst"),
         ({"goal": "wurst"}, "no goal 'wurst'\n  hint: did you mean worst"),
         ({"floor": {"tusk0": 0.9}}, "unknown task 'tusk0'\n  hint: did you mean task0"),
         ({"floor": {"task0": 0.0}}, "not in"),

@@ -83,7 +83,7 @@ ROWS = (
         _WUDI_PAPER,
         "Minimum of the tasks' interference, in closed form; mean of what is no matrix.",
         (
-            Knob("ridge", 1e-6, 0.0, 1.0, "float", "pull towards the start, relative to the largest eigenvalue"),
+            Knob("ridge", 1e-2, 0.0, 1.0, "float", "pull towards the start, relative to the largest eigenvalue"),
             Knob.choice("towards", ("mean", "sum"), "the start: mean or sum of the task vectors", "sum"),
             scale(1.0),
         ),

@@ -47,7 +47,7 @@ class AxEngine(ModelEngine):
         )
         for row, unit in zip(rows, tried, strict=True):
             index = client.attach_trial(dict(zip(names, unit.tolist(), strict=True)))
-            if row.status == "completed":
+            if row.status in ("completed", "stopped"):
                 client.complete_trial(index, {_OBJECTIVE: row.objective})
             elif row.status == "failed":
                 client.mark_trial_abandoned(index)

@@ -15,6 +15,7 @@ from bmm.search.engines.common import ModelEngine
 from bmm.search.engines.processes import Array, processes_class
 from bmm.search.goal import Goal
 from bmm.search.space import Space, UnitPoint
+from bmm.search.stopping import with_expected_scores
 
 TASK_MODEL_TRIALS = 25
 """Below so many completed trials every task has a Gaussian process of its own; from there on the objective has one."""
@@ -28,8 +29,8 @@ class BotorchEngine(ModelEngine):
     Few trials tell more where each task's scores are modelled by themselves and summed, many where the objective is
     modelled alone (docs/search.md has the figures); the engine changes from one to the other at
     `TASK_MODEL_TRIALS`. The acquisition is qLogNEI (arXiv 2310.20708), which takes noise in the best trial into
-    account. Pending and failed rows count as pending: neither is suggested again. Goals other than a weighted mean are
-    in `bmm.search.engines.goals`.
+    account. Pending and failed rows count as pending: neither is suggested again. Of stopped trials the forecast
+    counts. Goals other than a weighted mean are in `bmm.search.engines.goals`.
     """
 
     name = "BoTorch"
@@ -53,7 +54,7 @@ class BotorchEngine(ModelEngine):
         import torch
         from botorch.optim import optimize_acqf
 
-        done = [row.status == "completed" for row in rows]
+        done = [row.status in ("completed", "stopped") for row in rows]
         x = np.array([u for u, d in zip(tried, done, strict=True) if d])  # (n, d)
         waiting = [u for u, d in zip(tried, done, strict=True) if not d]
         completed = [row for row, d in zip(rows, done, strict=True) if d]
@@ -86,7 +87,8 @@ class BotorchEngine(ModelEngine):
         """What is modelled, (m, n), and what each counts in the objective, (m,)."""
         tasks = [task for task, share in sorted(self.shares.items()) if share > 0]
         if len(rows) < TASK_MODEL_TRIALS and len(tasks) > 1:
-            scores = np.array([[row.scores[task] for row in rows] for task in tasks])
+            complete = with_expected_scores(rows, self.shares)
+            scores = np.array([[row[task] for row in complete] for task in tasks])
             return scores, np.array([self.shares[task] for task in tasks])
         return np.array([[row.objective for row in rows]], dtype=np.float64), np.ones(1)
 
