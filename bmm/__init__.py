@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import analysis, anchors, grams, rebasin, solver
-    from .api import (  # fmt: skip
+    from .api import (
         align,
         analyse,
         average,
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
         load_study,
         merge,
         reconstruct,
+        save,
         tune,
     )
     from .errors import BmmError
     from .evaluation import Task
     from .recipe import Recipe
     from .records import Hyperparameters, Score, StudyResult, Trial
+    from .report import pareto_figure
 
 _HOMES = {
     "align": "api", "analyse": "api", "average": "api", "calibrate": "api", "collect_grams": "api",
-    "evaluate": "api", "load_study": "api", "merge": "api", "reconstruct": "api", "tune": "api",
+    "evaluate": "api", "load_study": "api", "merge": "api", "pareto_figure": "report", "reconstruct": "api",
+    "save": "api", "tune": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
@@ -40,7 +43,7 @@ _MODULES = {"analysis", "anchors", "grams", "rebasin", "solver"}
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align",
     "analyse", "analysis", "anchors", "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study",
-    "merge", "rebasin", "reconstruct", "solver", "tune",
+    "merge", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tune",
 ]  # fmt: skip
 
 

@@ -25,7 +25,9 @@ from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
 from .run import Run
+from .saving import save
 from .search.database import StudyDatabase
+from .search.goal import Goal
 from .search.space import Space
 from .statistics import anchor_needs
 from .trajectory import average
@@ -285,7 +287,8 @@ def analyse(study: StudyResult | str | Path) -> Analysis:
     if "search" not in meta:
         raise StudyError(f"{path} has no trial yet", f"continue it with `bmm tune --resume {path.parent}`")
     trials = study.trials if isinstance(study, StudyResult) else trials
-    return analyse_rows(trials, Space.from_json(meta["search"]["space"]), meta["search"]["reference"])
+    goal = Goal.from_json(meta["search"])
+    return analyse_rows(trials, Space.from_json(meta["search"]["space"]), goal.reference, goal)
 
 
 def _open(
@@ -317,5 +320,5 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
 
 __all__ = [
     "align", "analyse", "average", "calibrate", "collect_grams", "evaluate", "load_study", "make_recipe", "merge",
-    "reconstruct", "tune",
+    "reconstruct", "save", "tune",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from . import anchors
 from .errors import RecipeError, did_you_mean
 from .groups import AUTO, SCHEMES
 from .search.engine import ENGINES
+from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
 
 GRAMS = ("data", "datafree", "hybrid")
 FISHERS = ("auto", "sampled", "true")
@@ -92,6 +93,23 @@ class Recipe:
         "What the search maximises on validation data: the tasks' scores against labels, or, without labels, agreement "
         "with each expert's class probabilities.",
         choices=OBJECTIVES,
+    )
+    goal: str = _key(
+        "mean",
+        "What is maximised of score / expert's score: the weighted mean, the worst task, the weighted geometric mean.",
+        choices=KINDS,
+    )
+    floor: dict[str, float] = _key(
+        dict,
+        "No task below this share of its expert's score: one number for all tasks, or TASK=SHARE.",
+        mapping="float",
+        bare=EVERY,
+    )
+    objectives: tuple[str, ...] = _key(
+        (),
+        "Two or more objectives to trade against one another: TASK or NAME=TASK+TASK, separated by commas.",
+        many=True,
+        separator=",",
     )
     budget: int = _key(50, "Trials in all, the anchor and the default included.", low=2)
     engine: str = _key(
@@ -190,6 +208,9 @@ class Recipe:
                     )
         if "gamma" in self.search and self.grams != "hybrid":
             raise RecipeError(f"{where}: search has gamma, but grams is {self.grams}", "gamma mixes hybrid Grams")
+        check_floors(self.floor)
+        parse_objectives(self.objectives)
+        check_stopping(self.early_stopping, self.goal, self.floor, self.objectives)
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
                 raise RecipeError(f"{where}: weight of {name} is {weight}", "task weights are finite numbers")
@@ -209,6 +230,8 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
     kind = str(kind)
     try:
         if meta.get("mapping"):
+            if "bare" in meta and isinstance(value, int | float) and not isinstance(value, bool):
+                value = {meta["bare"]: value}
             if not isinstance(value, Mapping):
                 raise TypeError("a mapping")
             converters: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "number": lambda v: v}
@@ -218,6 +241,11 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             low, high = value
             return (float(low), float(high))
         if meta.get("many"):
+            if "separator" in meta:  # repeated elements are for the recipe's own check
+                texts = [value] if isinstance(value, str) else value
+                if not isinstance(texts, list | tuple):
+                    raise TypeError("a list")
+                return tuple(part for text in texts for part in str(text).split(meta["separator"]))
             if isinstance(value, str):
                 raise TypeError("a list")
             values = tuple(str(v) for v in value)

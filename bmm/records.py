@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from .dominance import non_dominated
+from .errors import StudyError
+
 TrialStatus = Literal["pending", "completed", "stopped", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
 
@@ -76,7 +79,7 @@ def _number_out(value: float) -> float | str:
 class Trial:
     """One row of a study.
 
-    ``scores`` are raw validation scores by task (higher is better), ``objective`` their normalised mean
+    ``scores`` are raw validation scores by task (higher is better), ``objective`` what the study's goal makes of them
     (None unless completed), ``suggest_seconds`` the engine's time, ``seconds`` the evaluation's. A stopped trial has
     the scores of some tasks only, and the objective that was forecast from them.
     """
@@ -105,7 +108,9 @@ class StudyResult:
 
     ``validation`` and ``test`` give `Score` lists by model name: "anchor", "default", "best", "base" and, for the
     experts, "experts" (each task scored by its own expert). ``test`` is empty where no test data were given.
-    ``paths`` names the files written: "study", "checkpoint", "card", "report".
+    ``paths`` names the files written: "study", "checkpoint", "card", "report". ``goal`` is the study's
+    `bmm.search.goal.Goal` as JSON. Of completed trials, by number: ``objectives`` gives the values of a study with
+    several objectives by name, ``violations`` what a study's floors are missed by in all (0: every floor holds).
     """
 
     best: Trial
@@ -115,6 +120,9 @@ class StudyResult:
     paths: dict[str, str]
     recipe: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    goal: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[int, dict[str, float]] = field(default_factory=dict)
+    violations: dict[int, float] = field(default_factory=dict)
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -124,6 +132,21 @@ class StudyResult:
         """Mean raw score over the tasks."""
         scores = getattr(self, split)[model]
         return sum(s.value for s in scores) / len(scores)
+
+    def pareto(self) -> list[tuple[Trial, dict[str, float]]]:
+        """The trials no other trial beats in one objective without losing in another, with their objectives by name.
+
+        Highest first in the first objective. Trials that break a floor are left out, unless all do.
+
+        Raises `StudyError` for a study of one objective.
+        """
+        if not self.objectives:
+            raise StudyError("the study has one objective, so no Pareto front", "tune with --objectives A,B")
+        kept = [n for n in self.objectives if not self.violations.get(n)] or list(self.objectives)
+        points = [list(self.objectives[n].values()) for n in kept]
+        front = sorted(non_dominated(points), key=lambda i: points[i], reverse=True)
+        by_number = {t.number: t for t in self.trials}
+        return [(by_number[kept[i]], self.objectives[kept[i]]) for i in front]
 
     def gap_closed(self, split: Literal["validation", "test"] = "test") -> float:
         """(best - anchor) / (experts - anchor) of the mean scores; NaN where the experts do not beat the anchor."""
@@ -145,6 +168,9 @@ class StudyResult:
             "paths": dict(self.paths),
             "recipe": dict(self.recipe),
             "seconds": dict(self.seconds),
+            "goal": dict(self.goal),
+            "objectives": {str(n): dict(v) for n, v in self.objectives.items()},
+            "violations": {str(n): v for n, v in self.violations.items()},
         }
 
     @classmethod
@@ -157,6 +183,9 @@ class StudyResult:
             paths=raw["paths"],
             recipe=raw["recipe"],
             seconds=raw.get("seconds", {}),
+            goal=raw.get("goal", {}),
+            objectives={int(n): v for n, v in raw.get("objectives", {}).items()},
+            violations={int(n): v for n, v in raw.get("violations", {}).items()},
         )
 
 

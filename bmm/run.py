@@ -27,8 +27,7 @@ from .notation import StateDict, Tensors
 from .progress import Progress, silent
 from .recipe import Recipe, load_function
 from .records import Score
-from .search.study import objective as mean_score
-from .search.study import shares_of
+from .search.goal import Goal, check_names
 from .sequential import MergedInputs
 from .statistics import Fishers, anchor_needs, cache_folder
 
@@ -77,6 +76,7 @@ class Run:
         if unknown:
             raise RecipeError(f"weights for unknown tasks {', '.join(sorted(unknown))}", f"tasks: {', '.join(experts)}")
         self.weights = [recipe.weights.get(name, 1.0) for name in self.experts]
+        check_names(recipe.floor, recipe.objectives, dict(zip(self.experts, self.weights, strict=True)))
         if tasks is None and recipe.tasks:
             tasks = load_function(recipe.tasks, "tasks")()
         if tasks is None and need_tasks:
@@ -248,16 +248,17 @@ class Run:
         return found
 
     def objective(self) -> Callable[[Tensors], float]:
-        """What the search maximises, as a function of a model's tensors: the mean over tasks of validation score /
-        the expert's own, by task weight. Experts are scored at once; each call reports progress as "candidates"."""
-        reference = {s.task: s.value for s in self.score_experts("validation")}
-        shares = shares_of(reference, dict(zip(self.experts, self.weights, strict=True)))
+        """What the search maximises, as a function of a model's tensors: the recipe's goal on validation scores, floors
+        aside. Experts are scored at once; each call reports progress as "candidates"."""
+        recipe, reference = self.recipe, {s.task: s.value for s in self.score_experts("validation")}
+        weights = dict(zip(self.experts, self.weights, strict=True))
+        goal = Goal.of(reference, weights, recipe.goal, objectives=recipe.objectives)
         calls = itertools.count(1)
 
         def objective(tensors: Tensors) -> float:
             scores = {s.task: s.value for s in self.score(tensors, "validation")}
             self.progress("candidates", done := next(calls), max(done, 2 * len(self.experts) - 1))
-            return mean_score(scores, reference, shares)
+            return goal.value(scores)
 
         return objective
 

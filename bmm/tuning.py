@@ -22,6 +22,7 @@ from .report import study_card, text_report, versions
 from .run import Run
 from .search.database import StudyDatabase
 from .search.engine import engine_row
+from .search.goal import Goal
 from .search.space import Space
 from .search.study import best, run_study
 
@@ -116,10 +117,14 @@ def tune_recipe(
                 early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
                 objective_name=recipe.objective,
+                goal=recipe.goal,
+                floor=recipe.floor,
+                objectives=recipe.objectives,
                 on_trial=on_trial,
                 should_stop=should_stop,
             )
-        return finish(run, prepared, trials, experts, seconds)
+        goal = Goal.from_json(database.meta()["search"])
+        return finish(run, prepared, trials, experts, seconds, goal)
 
 
 class ScoresOnDemand(Mapping[str, float]):
@@ -155,10 +160,11 @@ def finish(
     trials: list[Trial],
     experts: list[Score],
     seconds: dict[str, float],
+    goal: Goal,
 ) -> StudyResult:
     """Score anchor, default and best (test data once), write the checkpoint, the card, the report and result.json."""
     recipe, out = run.recipe, Path(run.recipe.out)
-    winner = best(trials)
+    winner = best(trials, goal)
     default = trials[1].hyperparameters if len(trials) > 1 else Hyperparameters.uniform(prepared.groups, 1.0)
     models: dict[str, StateDict] = {
         "base": {n: run.pool.base[n] for n in run.pool.names},
@@ -181,7 +187,9 @@ def finish(
         "result": str(out / RESULT),
         "study": str(out / STUDY),
     }
-    result = StudyResult(winner, trials, scores["validation"], scores["test"], paths, recipe.to_dict(), seconds)
+    result = StudyResult(
+        winner, trials, scores["validation"], scores["test"], paths, recipe.to_dict(), seconds, **goal.judged(trials)
+    )
     with stopwatch(seconds, "write"):
         write_model(run, models["best"], out / MODEL, study_card(result, recipe.to_yaml()), overwrite=True)
     write_text(out / REPORT, text_report(result))
@@ -235,10 +243,11 @@ def load_result(folder: str | Path) -> StudyResult:
             return replace(result, paths=result.paths | {"study": str(path)})
     if not any(t.status == "completed" for t in trials):
         raise StudyError(f"{path} has no completed trial yet", f"continue it with `bmm tune --resume {path.parent}`")
-    winner = best(trials)
+    goal = Goal.from_json(meta["search"])
+    winner = best(trials, goal)
     rows = {"anchor": trials[0], "default": trials[1] if len(trials) > 1 else trials[0], "best": winner}
-    reference = meta.get("search", {}).get("reference", {})
     # n is not recorded with trials: the raw validation scores stand without a standard error.
     validation = {m: [Score(k, v, 0) for k, v in t.scores.items()] for m, t in rows.items() if t.scores}
-    validation["experts"] = [Score(k, v, 0) for k, v in reference.items()]
-    return StudyResult(winner, trials, validation, {}, {"study": str(path)}, meta["recipe"])
+    validation["experts"] = [Score(k, v, 0) for k, v in goal.reference.items()]
+    judged = goal.judged(trials)
+    return StudyResult(winner, trials, validation, {}, {"study": str(path)}, meta["recipe"], **judged)

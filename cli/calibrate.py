@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import RUNTIME, collected, common, recipe_flags
+from .options import RUNTIME, collected, common, key_options
 from .output import Console, emit
 
 
@@ -15,7 +15,7 @@ from .output import Console, emit
 @click.option("--samples", type=int, default=10, show_default=True, help="Models drawn from the posterior.")
 @click.option("--seed", type=int, help="Seed of the draws.  [default: the study's]")
 @click.option("--out", "-o", type=click.Path(dir_okay=False), help="Write the result as JSON to this file.")
-@recipe_flags(*RUNTIME)
+@key_options(*RUNTIME)
 @common
 def command(
     run: str, samples: int, seed: int | None, out: str | None, as_json: bool, quiet: bool, debug: bool, **values: Any

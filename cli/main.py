@@ -14,6 +14,7 @@ COMMANDS = {
     "tune": "Search the best merge: the main command.",
     "merge": "One merge: plain, BMM at given hyperparameters, or a study's trial.",
     "calibrate": "Sample the posterior of a study: calibrated probabilities.",
+    "save": "Write any trial of a study as a checkpoint.",
     "reconstruct": "One task's own model from a merge with masks.",
     "average": "Average the checkpoints of one training run.",
     "evaluate": "Score a checkpoint on every task.",

@@ -18,7 +18,10 @@ GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib")
-SEARCH = ("log10_lam", "rho", "search", "objective", "budget", "engine", "early_stopping", "seed", "out")
+SEARCH = (
+    "log10_lam", "rho", "search", "objective", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
+    "seed", "out",
+)  # fmt: skip
 
 
 def _default(key: Field[Any]) -> Any:
@@ -42,7 +45,8 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
     if meta.get("many") and "choices" in meta:
         return click.option(*names, multiple=True, type=click.Choice(meta["choices"]), help=text + " Repeatable.")
     if meta.get("mapping") or meta.get("many"):
-        metavar = "NAME=VALUE" if meta.get("mapping") else "PATTERN"
+        metavar = "NAME=VALUE" if meta.get("mapping") else "NAMES" if "separator" in meta else "PATTERN"
+        metavar = "[TASK=]SHARE" if "bare" in meta else metavar
         return click.option(*names, multiple=True, metavar=metavar, help=text + " Repeatable.")
     if meta.get("pair"):
         return click.option(*names, type=(float, float), default=None, metavar="LOW HIGH", help=text)
@@ -52,7 +56,13 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
     return click.option(*names, type=kinds.get(str(key.type), str), default=None, help=text)
 
 
-def recipe_flags(*names: str) -> Callable[[Any], Any]:
+def recipe_options(*names: str) -> Callable[[Any], Any]:
+    """Add ``--recipe`` and a flag for each named recipe key."""
+    recipe = click.option("--recipe", type=click.Path(dir_okay=False), help="YAML recipe; flags win over its keys.")
+    return lambda function: recipe(key_options(*names)(function))
+
+
+def key_options(*names: str) -> Callable[[Any], Any]:
     """Add a flag for each named recipe key."""
     by_name = {f.name: f for f in fields(Recipe)}
 
@@ -60,19 +70,6 @@ def recipe_flags(*names: str) -> Callable[[Any], Any]:
         for name in reversed(names):
             function = _option(by_name[name])(function)
         return function
-
-    return decorate
-
-
-def recipe_options(*names: str) -> Callable[[Any], Any]:
-    """Add ``--recipe`` and a flag for each named recipe key."""
-    flags = recipe_flags(*names)
-
-    def decorate(function: Any) -> Any:
-        function = flags(function)
-        return click.option("--recipe", type=click.Path(dir_okay=False), help="YAML recipe; flags win over its keys.")(
-            function
-        )
 
     return decorate
 
@@ -96,14 +93,16 @@ def collected(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in metadata or value is None or value == ():
             continue
         if metadata[name].get("mapping"):
-            out[name] = dict(_pair(name, item) for item in value)
+            out[name] = dict(_pair(name, item, metadata[name].get("bare")) for item in value)
         else:
             out[name] = list(value) if metadata[name].get("many") else value
     return out
 
 
-def _pair(flag: str, text: str) -> tuple[str, Any]:
+def _pair(flag: str, text: str, bare: str | None = None) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
+    if bare and not equals:
+        return bare, text
     if flag == "experts" and not equals:
         # A bare folder is named after itself.
         return text.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors"), text

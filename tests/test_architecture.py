@@ -14,7 +14,7 @@ ROOT = Path(bmm.__file__).parent
 CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
-    ["errors"],
+    ["errors", "dominance"],
     ["notation", "records", "progress"],
     ["linalg", "groups"],
     ["checkpoint"],
@@ -35,6 +35,7 @@ LAYERS = [
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
     ["posterior"],
+    ["saving"],
     ["api"],
     ["__init__"],
 ]

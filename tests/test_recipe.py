@@ -79,3 +79,36 @@ def test_load_function(tmp_path):
     path.write_text("import no_such_module_here\n")
     with pytest.raises(RecipeError, match="ModuleNotFoundError"):
         load_function(f"{path}:make", "tasks")
+
+
+@pytest.mark.parametrize("given", ["a,b=c+d", ["a", "b=c+d"], ["a,b=c+d"], ("a", "b=c+d")])
+def test_objectives_come_as_text_or_list(given):
+    recipe = Recipe.from_dict({"objectives": given})
+    assert recipe.objectives == ("a", "b=c+d")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("given", [{"b": "c+d"}, 3])
+def test_objectives_come_as_nothing_else(given):
+    with pytest.raises(RecipeError, match="a list expected"):
+        Recipe.from_dict({"objectives": given})
+
+
+@pytest.mark.parametrize(("given", "floor"), [(0.9, {"*": 0.9}), (1, {"*": 1.0}), ({"a": 0.5}, {"a": 0.5})])
+def test_a_floor_is_one_number_or_one_a_task(given, floor):
+    recipe = Recipe.from_dict({"floor": given})
+    assert recipe.floor == floor
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("goal", [{"goal": "worst"}, {"floor": 0.9}, {"objectives": "a,b"}])
+def test_early_stopping_goes_with_the_mean_alone(goal):
+    with pytest.raises(RecipeError, match="early_stopping does not go with"):
+        Recipe.from_dict({"early_stopping": 0.05, **goal})
+    Recipe.from_dict({"early_stopping": 0.05, "goal": "mean"})
+
+
+@pytest.mark.parametrize("given", [True, "high", [0.9]])
+def test_a_floor_is_nothing_else(given):
+    with pytest.raises(RecipeError, match="expected"):
+        Recipe.from_dict({"floor": given})

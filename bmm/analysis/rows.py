@@ -8,6 +8,7 @@ import numpy as np
 
 from bmm.errors import StudyError
 from bmm.records import Trial
+from bmm.search.goal import Goal
 from bmm.search.gp import Array
 from bmm.search.space import LOG10_LAM, RHO, Space
 from bmm.search.study import best
@@ -34,11 +35,13 @@ _FOLDS = 10
 _TWO_SIDED_95 = 1.96
 
 
-def analyse_rows(trials: Sequence[Trial], space: Space, reference: Mapping[str, float]) -> Analysis:
+def analyse_rows(
+    trials: Sequence[Trial], space: Space, reference: Mapping[str, float], goal: Goal | None = None
+) -> Analysis:
     """What the completed ones of ``trials`` tell; failed and pending ones are only counted.
 
     The anchor (lam = inf) stands on the upper bound of log10 lam, as it does for the engines. ``reference`` gives each
-    task's score of its own expert.
+    task's score of its own expert, ``goal`` what makes a trial the best where it is not the objective alone.
 
     Raises `StudyError` below `MIN_TRIALS` completed trials.
     """
@@ -51,7 +54,7 @@ def analyse_rows(trials: Sequence[Trial], space: Space, reference: Mapping[str, 
     x = np.array([space.to_unit(space.point_of(t.hyperparameters)) for t in done])  # (n, d)
     y = np.array([t.objective for t in done], dtype=np.float64)  # (n,)
     surrogate = Surrogate(x, y)
-    winner = done.index(best(done))
+    winner = done.index(best(done, goal))
     importance = _importance(surrogate, space)
     rank = {found.parameter: place for place, found in enumerate(importance)}
     return Analysis(
@@ -63,7 +66,7 @@ def analyse_rows(trials: Sequence[Trial], space: Space, reference: Mapping[str, 
         ablations=_ablations(surrogate, space, x[winner]),
         effects=sorted(_effects(surrogate, space, x[winner]), key=lambda e: rank[e.parameter]),
         prediction=_prediction(surrogate, done),
-        progress=_progress(done, reference),
+        progress=_progress(done, reference, goal),
         certainty=_certainty(surrogate, done, winner),
     )
 
@@ -130,8 +133,8 @@ def _r2(observed: Array, predicted: Array) -> float | None:
     return 1 - float(((observed - predicted) ** 2).sum()) / spread if spread > 0 else None
 
 
-def _progress(done: Sequence[Trial], reference: Mapping[str, float]) -> Progress:
-    leaders = [best(done[: count + 1]) for count in range(len(done))]
+def _progress(done: Sequence[Trial], reference: Mapping[str, float], goal: Goal | None) -> Progress:
+    leaders = [best(done[: count + 1], goal) for count in range(len(done))]
     first = {t.kind: t.objective for t in done if t.kind != "search"}
     return Progress(
         trials=[t.number for t in done],

@@ -10,7 +10,9 @@ from importlib import metadata
 import yaml
 
 from ..records import StudyResult
-from .tables import gap_line, hyperparameter_table, markdown, measure, score_table
+from .goals import goal_lines
+from .layout import markdown
+from .tables import gap_line, hyperparameter_table, measure, score_table
 
 PACKAGES = ("bmm-tuner", "torch", "ax-platform", "botorch", "gpytorch", "numpy", "safetensors")
 
@@ -26,8 +28,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def study_card(result: StudyResult, recipe_yaml: str) -> str:
-    """README.md of a tuned merge: what was merged, how, the scores, and how to do it again."""
+def study_card(result: StudyResult, recipe_yaml: str, command: str = "bmm tune --recipe bmm_recipe.yaml") -> str:
+    """README.md of a tuned merge: what was merged, how, the scores, and the command that does it again."""
     split = "test" if result.test else "validation"
     return _card(
         f"tuned over {len(result.trials)} trials around the anchor `{result.recipe['anchor']}`",
@@ -38,8 +40,9 @@ def study_card(result: StudyResult, recipe_yaml: str) -> str:
             score_table(result.test or result.validation),
             gap_line(result, "test" if result.test else "validation"),
             f"## Hyperparameters (trial {result.best.number})",
+            *goal_lines(result),
             hyperparameter_table(result.hyperparameters),
-            "Repeat with `bmm tune --recipe bmm_recipe.yaml`.",
+            f"Repeat with `{command}`.",
         ],
     )
 

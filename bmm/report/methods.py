@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..anchors import ANCHORS, Anchor, Knob, get
 from ..anchors.anchor import NEEDS
-from .tables import markdown
+from .layout import markdown
 
 _WEIGHTS = {
     "": "none",

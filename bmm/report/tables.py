@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..records import Hyperparameters, Score, StudyResult, Trial
+from .goals import goal_lines, pareto_table
+from .layout import markdown
 
 MODELS = ("base", "anchor", "default", "best", "experts")
 
@@ -23,20 +25,6 @@ def percent(value: float, error: float | None = None) -> str:
         return "-"
     text = f"{100 * value:.1f}"
     return text if error is None or math.isnan(error) else f"{text} ± {100 * error:.1f}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded to read as plain text; columns of numbers are right-aligned, others left-aligned."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [all(c[:1].isdigit() or c in ("", "-") for c in column[1:]) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric, strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric, strict=True)]
-    return "\n".join([line(header), "|" + "|".join(rule) + "|", *map(line, rows)])
 
 
 def measure(recipe: Mapping[str, Any], split: str) -> str:
@@ -70,12 +58,14 @@ def hyperparameter_table(best: Hyperparameters) -> str:
     return "\n\n".join([markdown(["group", "lam", "rho"], rows), *(["; ".join(lines)] if lines else [])])
 
 
-def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Trials as flat rows with the best objective so far."""
-    best, rows = -math.inf, []
+def trial_rows(trials: Sequence[Trial], violations: Mapping[int, float] | None = None) -> list[dict[str, Any]]:
+    """Trials as flat rows with the best objective so far: of trials that keep the floors, as soon as there is one."""
+    best, least, rows = -math.inf, math.inf, []
     for t in trials:
         if t.objective is not None and t.status == "completed":
-            best = max(best, t.objective)
+            missed = (violations or {}).get(t.number, 0.0)
+            if (-missed, t.objective) > (-least, best):
+                best, least = t.objective, missed
         rows.append(
             {
                 "trial": t.number,
@@ -91,8 +81,8 @@ def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def trial_table(trials: Sequence[Trial]) -> str:
-    """All trials: kind, status, objective, best so far, seconds."""
+def trial_table(trials: Sequence[Trial], violations: Mapping[int, float] | None = None) -> str:
+    """All trials: kind, status, objective, best so far (see `trial_rows`), seconds."""
     rows = [
         [
             str(r["trial"]),
@@ -103,7 +93,7 @@ def trial_table(trials: Sequence[Trial]) -> str:
             f"{r['suggest_seconds']:.2f}",
             f"{r['seconds']:.2f}",
         ]
-        for r in trial_rows(trials)
+        for r in trial_rows(trials, violations)
     ]
     return markdown(["trial", "kind", "status", "objective", "best", "suggest s", "evaluate s"], rows)
 
@@ -149,8 +139,12 @@ def text_report(result: StudyResult) -> str:
             else ""
         )
         + f"; validation objective {result.best.objective:.4f}",
+        *goal_lines(result),
         hyperparameter_table(result.hyperparameters),
     ]
+    if result.objectives:
+        save = "Save any of them with `bmm save RUN --trial N --out FOLDER`."
+        parts += ["## Pareto front (validation, shares of the experts' scores)", pareto_table(result), save]
     if result.test:
         parts += [f"## Validation {measure(result.recipe, 'validation')} (%)", score_table(result.validation)]
     if result.seconds:

@@ -1,6 +1,6 @@
 """Engines: what to try next, given what was tried.
 
-An engine is a pure function of (space, seed, shares, rows). It keeps no state between suggestions and is never told a
+An engine is a pure function of (space, seed, goal, rows). It keeps no state between suggestions and is never told a
 result: it reads the rows, so that a study killed at any moment and resumed goes on as if nothing had happened, and one
 that keeps a population (CMA-ES, say) replays the rows. A row's number and seed name the random stream of its
 suggestion. The engines themselves are in `bmm.search.engines`, each imported when it is built; only they may import
@@ -17,6 +17,7 @@ from typing import Protocol
 
 from bmm.errors import RecipeError, StudyError, did_you_mean
 from bmm.records import Trial
+from bmm.search.goal import Goal
 from bmm.search.space import Point, Space
 
 
@@ -48,6 +49,7 @@ class EngineRow:
     summary: str
     needs: tuple[str, ...] = ()
     extra: str = ""
+    goals: bool = False  # its class takes any goal; others maximise one number and see no task scores but for a mean
 
     @property
     def installed(self) -> bool:
@@ -59,18 +61,33 @@ class EngineRow:
         if missing := self._missing():
             raise cannot_load(name, f"{' and '.join(missing)} not installed")
 
-    def build(self, space: Space, seed: int, shares: Mapping[str, float]) -> Engine:
+    def build(self, space: Space, seed: int, shares: Mapping[str, float], goal: Goal | None = None) -> Engine:
         module, _, name = self.place.partition(":")
-        engine: Engine = getattr(importlib.import_module(f"bmm.search.engines.{module}"), name)(space, seed, shares)
-        return engine
+        made = getattr(importlib.import_module(f"bmm.search.engines.{module}"), name)
+        if goal is None or goal.plain:
+            engine: Engine = made(space, seed, shares)
+            return engine
+        return made(space, seed, {}, goal) if self.goals else Penalised(made(space, seed, {}), goal)
 
     def _missing(self) -> list[str]:
         return [module for module in self.needs if importlib.util.find_spec(module) is None]
 
 
+class Penalised:
+    """An engine without constraints under a goal that has some: breaking a floor costs `bmm.search.goal.PENALTY`."""
+
+    def __init__(self, engine: Engine, goal: Goal) -> None:
+        self.engine, self.goal = engine, goal
+
+    def ask(self, rows: Sequence[Trial]) -> Suggestion:
+        return self.engine.ask([self.goal.penalised(row) for row in rows])
+
+
 ENGINES: dict[str, EngineRow] = {
     "botorch": EngineRow(
-        "botorch:BotorchEngine", "Gaussian processes of the task scores, noisy expected improvement (BoTorch)"
+        "botorch:BotorchEngine",
+        "Gaussian processes of the task scores, noisy expected improvement (BoTorch)",
+        goals=True,
     ),
     "ax": EngineRow("ax:AxEngine", "Ax's client as it comes: Gaussian process of the mean, noisy expected improvement"),
     "turbo": EngineRow(
@@ -88,13 +105,16 @@ ENGINES: dict[str, EngineRow] = {
 }
 
 
-def build_engine(name: str, space: Space, seed: int, shares: Mapping[str, float] | None = None) -> Engine:
+def build_engine(
+    name: str, space: Space, seed: int, shares: Mapping[str, float] | None = None, goal: Goal | None = None
+) -> Engine:
     """The engine of that name, or `RecipeError` naming the close ones.
 
     ``shares`` gives what each task's score counts in the objective, ``objective = sum_t shares[t] * scores[t]``;
-    without it an engine sees the objective alone.
+    without it an engine sees the objective alone. ``goal`` is what the study is after where that is another goal than
+    such a sum.
     """
-    return engine_row(name).build(space, seed, shares or {})
+    return engine_row(name).build(space, seed, shares or {}, goal)
 
 
 def engine_row(name: str) -> EngineRow:

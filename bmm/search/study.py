@@ -13,6 +13,7 @@ from bmm.errors import RecipeError, StudyError
 from bmm.records import Hyperparameters, Trial, TrialKind
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
+from bmm.search.goal import PLAIN, Goal, check_stopping
 from bmm.search.space import Space
 from bmm.search.stopping import Stopper
 
@@ -32,6 +33,9 @@ def run_study(
     seed: int,
     engine: str = "botorch",
     weights: Mapping[str, float] | None = None,
+    goal: str = "mean",
+    floor: Mapping[str, float] | None = None,
+    objectives: Sequence[str] = (),
     early_stopping: float = 0.0,
     objective_name: str = "labels",
     on_trial: OnTrial | None = None,
@@ -40,10 +44,11 @@ def run_study(
     """Runs a new study, or goes on with the one in ``database``, until it has ``budget`` trials; returns all of them.
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
-    task's score of its own expert. The objective, maximised, is the mean over tasks of score / reference, weighted by
-    ``weights`` where given; ``objective_name`` says what kind of scores they are. Trial 0 is the anchor and trial 1
-    the default; both, and failed trials, count in the budget. Trials left pending by a killed run are evaluated again
-    under their number before anything else.
+    task's score of its own expert. The objective, maximised, is a mean over tasks of score / reference, weighted by
+    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`), and
+    ``objective_name`` what kind of scores they are. Trial 0 is the anchor
+    and trial 1 the default; both, and failed trials, count in the budget. Trials left pending by a killed run are
+    evaluated again under their number before anything else.
 
     With ``early_stopping`` above zero a trial's tasks are read from the mapping one by one, in an order of its own,
     and the trial is stopped where the probability that it becomes the best falls below that value
@@ -53,28 +58,21 @@ def run_study(
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
     each evaluation; ``should_stop`` is asked before each.
 
-    Raises `RecipeError` for a reference, weight, budget or engine that makes no sense, `StudyError` where the
-    database holds another search (seed, space, reference, weights, engine, objective), or where anchor and default
-    both failed.
+    Raises `RecipeError` for a reference, weight, goal, budget or engine that makes no sense, `StudyError` where the
+    database holds another search (another seed, space, reference, goal, engine, ...) or where anchor and default both
+    failed.
     """
-    shares = shares_of(reference, weights)
+    aim = Goal.of(reference, weights, goal, floor, objectives)
     if budget < 1:
         raise RecipeError(f"a budget of {budget} trials", "at least 1: trial 0 is the anchor")
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
-    coefficients = {t: shares[t] / reference[t] for t in reference}
-    suggester = build_engine(engine, space, seed, coefficients)
-    stopper = Stopper(coefficients, seed, early_stopping) if early_stopping else None
+    check_stopping(early_stopping, goal, floor or {}, objectives)
+    suggester = build_engine(engine, space, seed, aim.coefficients(), aim)
+    stopper = Stopper(aim.coefficients(), seed, early_stopping) if early_stopping else None
     _claim(
         database,
-        {
-            "seed": seed,
-            "engine": engine,
-            "space": space.to_json(),
-            "reference": {t: float(v) for t, v in reference.items()},
-            "weights": shares,
-            "objective": objective_name,
-        }
+        {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json(), "objective": objective_name}
         | ({"early_stopping": early_stopping} if early_stopping else {}),
     )
     trials = database.trials()
@@ -93,25 +91,23 @@ def run_study(
             trials.append(trial)
         else:
             break
-        outcome = _evaluated(trial, evaluate, reference, shares, stopper, trials)
+        outcome = _evaluated(trial, evaluate, aim, stopper, trials)
         database.finish(outcome)
         trials[trials.index(trial)] = outcome
         if on_trial is not None:
-            on_trial(outcome, best(trials) if any(t.status == "completed" for t in trials) else None)
+            on_trial(outcome, best(trials, aim) if any(t.status == "completed" for t in trials) else None)
     return trials
 
 
-def best(trials: Sequence[Trial]) -> Trial:
-    """The completed trial with the highest objective, the earliest of equals: never below the anchor, if that ran."""
+def best(trials: Sequence[Trial], goal: Goal | None = None) -> Trial:
+    """The completed trial with the highest objective, the earliest of equals: never below the anchor, if that ran.
+
+    Where ``goal`` has floors, the best of the trials that keep them; where none does, the one that misses them least.
+    """
     completed = [t for t in trials if t.status == "completed" and t.objective is not None]
     if not completed:
         raise StudyError("no trial of the study is completed", "resume it, or read its trials' errors")
-    return max(completed, key=lambda t: (t.objective, -t.number))
-
-
-def objective(scores: Mapping[str, float], reference: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """``sum_t weights[t] * scores[t] / reference[t]``, with weights that sum to one."""
-    return math.fsum(weights[t] * (scores[t] / reference[t]) for t in sorted(reference))
+    return max(completed, key=goal.rank if goal else lambda t: (t.objective, -t.number))
 
 
 def _begin(database: StudyDatabase, suggester: Engine, space: Space, trials: Sequence[Trial]) -> Trial:
@@ -130,12 +126,7 @@ def _begin(database: StudyDatabase, suggester: Engine, space: Space, trials: Seq
 
 
 def _evaluated(
-    trial: Trial,
-    evaluate: Evaluate,
-    reference: Mapping[str, float],
-    weights: Mapping[str, float],
-    stopper: Stopper | None = None,
-    trials: Sequence[Trial] = (),
+    trial: Trial, evaluate: Evaluate, goal: Goal, stopper: Stopper | None = None, trials: Sequence[Trial] = ()
 ) -> Trial:
     started = time.perf_counter()
     try:
@@ -146,11 +137,11 @@ def _evaluated(
                 seconds = time.perf_counter() - started
                 return replace(trial, status="stopped", scores=found, objective=forecast.mean, seconds=seconds)
         scores = {task: float(value) for task, value in found.items()}
-        if wrong := sorted(scores.keys() ^ reference.keys()):
+        if wrong := sorted(scores.keys() ^ goal.reference.keys()):
             raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         if bad := {task: value for task, value in scores.items() if not math.isfinite(value)}:
             raise ValueError(f"score not finite: {', '.join(f'{t} {v}' for t, v in sorted(bad.items()))}")
-        value = objective(scores, reference, weights)
+        value = goal.value(scores)
         if not math.isfinite(value):
             raise ValueError(f"objective not finite: {value}")
     except Exception as error:  # a trial may fail in any way its evaluation can; the study goes on
@@ -160,37 +151,17 @@ def _evaluated(
     return replace(trial, status="completed", scores=scores, objective=value, seconds=time.perf_counter() - started)
 
 
-def shares_of(reference: Mapping[str, float], weights: Mapping[str, float] | None) -> dict[str, float]:
-    """The tasks' weights, scaled to sum to one."""
-    if not reference:
-        raise RecipeError("a study needs at least one task")
-    for task, value in reference.items():
-        if not math.isfinite(value) or value <= 0:
-            raise RecipeError(
-                f"task {task!r}: its expert's validation score is {value}, so scores cannot be normalised by it",
-                "check the expert, its head and the validation data of that task",
-            )
-    if weights is None:
-        return {task: 1 / len(reference) for task in reference}
-    if wrong := sorted(weights.keys() ^ reference.keys()):
-        raise RecipeError(f"weights and tasks do not agree on {', '.join(wrong)}", "give one weight a task")
-    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise RecipeError("task weights must be finite, not negative, and not all zero")
-    total = math.fsum(weights.values())
-    return {task: float(weights[task]) / total for task in reference}
-
-
 def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
     """Records what the suggestions and objectives depend on, or refuses to mix two searches in one study."""
     recorded = database.meta().get(_IDENTITY)
     if recorded is None:
         database.set_meta(_IDENTITY, identity)
         return
-    recorded = {"objective": "labels"} | recorded  # studies that are older than the choice
+    recorded = PLAIN | {"objective": "labels"} | recorded  # studies that are older than the choice
     identity = json.loads(json.dumps(identity))
     if changed := [key for key in identity | recorded if identity.get(key) != recorded.get(key)]:
         key = changed[0]
-        told = key in ("seed", "engine", "objective")
+        told = key in ("seed", "engine", "objective", "goal")
         detail = f": {recorded.get(key)} there, {identity.get(key)} here" if told else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",

@@ -98,6 +98,22 @@ def test_merge_plain_bmm_and_from_a_study(study, recipe, tmp_path):
     assert weights[0] != weights[1]
 
 
+def test_goals_fronts_and_saving_on_the_command_line(recipe, tmp_path):
+    out, (one, two, three) = tmp_path / "run", TASKS
+    flags = ["--goal", "worst", "--floor", "0.1", "--floor", f"{one}=0.2", "--objectives", f"{one},rest={two}+{three}"]
+    bmm("tune", "--recipe", recipe, "--grams", "datafree", "--budget", 4, "-o", out, "-q", *flags)
+    done = json.loads(bmm("report", out, "--pareto", tmp_path / "front.html", "--json").stdout)
+    assert done["goal"]["floor"] == {one: 0.2, two: 0.1, three: 0.1}
+    assert done["goal"]["objectives"] == [[one, [one]], ["rest", [two, three]]]
+    assert "plotly" in (tmp_path / "front.html").read_text()
+    number = done["trials"][-1]["number"]
+    bmm("save", out, "--trial", number, "-o", tmp_path / "saved", "-q")
+    bmm("merge", "--study", out, "--trial", number, "-o", tmp_path / "merged", "-q")
+    saved, merged = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("saved", "merged"))
+    assert saved == merged
+    assert "ends in .html" in bmm("report", out, "--pareto", tmp_path / "front.pdf", code=2).stderr
+
+
 def test_experts_on_the_command_line(family, tmp_path):
     flags = [x for name, path in family.experts.items() for x in ("--expert", f"{name}={path}")]
     done = bmm("merge", "--base", family.base, *flags, "--anchor", "average", "-o", tmp_path / "m")
@@ -125,6 +141,10 @@ def test_gram_inspect_and_anchors(family, recipe, tmp_path):
         (["tune", "--anchor", "tsv", "--knob", "scal=1"], 1, ["scal", "scale"]),
         (["tune", "--budget", "1"], 2, ["at least 2"]),
         (["tune", "--grams", "dat"], 2, ["data"]),
+        (["tune", "--floor", "high"], 2, ["floor"]),
+        (["tune", "--floor", "2"], 2, ["(0, 1.5]"]),
+        (["tune", "--objectives", "mnist"], 2, ["one objective"]),
+        (["tune", "--objectives", "mnist,lattin"], 2, ["did you mean latin"]),
         (["tune", "--recipe", "/no/such.yaml"], 2, ["/no/such.yaml"]),
         (["tune", "--resume", "/no/such"], 1, ["no study", "hint"]),
         (["tune", "--resume", "x", "--anchor", "tsv"], 2, ["--anchor cannot change"]),
@@ -136,6 +156,7 @@ def test_gram_inspect_and_anchors(family, recipe, tmp_path):
         (["inspect", "/no/such"], 1, ["/no/such"]),
         (["anchors", "teis"], 1, ["ties"]),
         (["report", "/no/such"], 1, ["no study"]),
+        (["save", "/no/such", "-o", "x"], 1, ["no study"]),
     ],
 )
 def test_mistakes_are_one_line_and_a_hint(args, code, words, tmp_path):

@@ -9,8 +9,9 @@ from bmm.errors import RecipeError, StudyError
 from bmm.records import Hyperparameters, Trial
 from bmm.search.database import StudyDatabase
 from bmm.search.engines.common import SobolEngine
+from bmm.search.goal import Goal
 from bmm.search.space import Space
-from bmm.search.study import best, objective, run_study
+from bmm.search.study import best, run_study
 from tests.search import problem
 from tests.search.problem import REFERENCE, SPACE, outcomes
 
@@ -183,6 +184,9 @@ def test_should_stop_ends_the_study_between_trials(tmp_path, path):
         ({"reference": REFERENCE | {"task0": 0.9}}, "another reference"),
         ({"reference": {"task0": 0.9}}, "another reference and weights"),
         ({"weights": {t: 1.0 + (t == "task0") for t in REFERENCE}}, "another weights"),
+        ({"goal": "worst"}, "another goal: mean there, worst here"),
+        ({"floor": {"*": 0.5}}, "another floor"),
+        ({"objectives": ["task0", "task1"]}, "another objectives"),
         ({"engine": "ax"}, "another engine: sobol there, ax here"),
     ],
 )
@@ -208,6 +212,11 @@ def test_another_search_cannot_go_on_in_a_study(path, changes, said):
         ({"budget": 0}, "budget of 0"),
         ({"seed": -1}, "seed -1"),
         ({"engine": "ex"}, "unknown engine"),
+        ({"goal": "worst", "early_stopping": 0.1}, "early_stopping does not go with goal worst"),
+        ({"goal": "wurst"}, "no goal 'wurst'\n  hint: did you mean worst"),
+        ({"floor": {"tusk0": 0.9}}, "unknown task 'tusk0'\n  hint: did you mean task0"),
+        ({"floor": {"task0": 0.0}}, "not in"),
+        ({"objectives": ["task0", "rest=task1+tusk2"]}, "'rest': unknown task 'tusk2'\n  hint: did you mean task2"),
     ],
 )
 def test_senseless_arguments_are_refused_before_anything_is_evaluated(path, changes, said):
@@ -236,8 +245,10 @@ def test_the_objective_does_not_depend_on_the_order_of_the_tasks(tasks, data):
     order = data.draw(st.permutations(sorted(tasks)))
     scores, reference, weights = ({t: tasks[t][i] for t in tasks} for i in range(3))
     shuffled = ({t: tasks[t][i] for t in order} for i in range(3))
-    assert objective(scores, reference, weights) == objective(*shuffled)
-    assert objective(reference, reference, weights) == pytest.approx(sum(weights.values()))
+    value = Goal.of(reference, weights).value(scores)
+    other_scores, other_reference, other_weights = shuffled
+    assert Goal.of(other_reference, other_weights).value(other_scores) == value
+    assert Goal.of(reference, weights).value(reference) == pytest.approx(1)
 
 
 def test_best_is_the_earliest_of_equals_and_never_a_failed_one():

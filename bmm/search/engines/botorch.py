@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bmm.records import Trial
-from bmm.search import gp
+from bmm.search.engines import goals
 from bmm.search.engines.common import ModelEngine
-from bmm.search.space import UnitPoint
+from bmm.search.engines.processes import Array, processes_class
+from bmm.search.goal import Goal
+from bmm.search.space import Space, UnitPoint
 from bmm.search.stopping import with_expected_scores
-
-Array = NDArray[np.float64]
 
 TASK_MODEL_TRIALS = 25
 """Below so many completed trials every task has a Gaussian process of its own; from there on the objective has one."""
@@ -30,22 +29,38 @@ class BotorchEngine(ModelEngine):
     modelled alone (docs/search.md has the figures); the engine changes from one to the other at
     `TASK_MODEL_TRIALS`. The acquisition is qLogNEI (arXiv 2310.20708), which takes noise in the best trial into
     account. Pending and failed rows count as pending: neither is suggested again. Of stopped trials the forecast
-    counts.
+    counts. Goals other than a weighted mean are in `bmm.search.engines.goals`.
     """
 
     key, name = "botorch", "BoTorch"
+
+    def __init__(
+        self, space: Space, seed: int, shares: Mapping[str, float] | None = None, goal: Goal | None = None
+    ) -> None:
+        super().__init__(space, seed, shares)
+        self.goal = goal
 
     def load(self) -> None:
         import botorch.acquisition.logei
         import botorch.optim  # noqa: F401
 
     def suggest(self, number: int, rows: Sequence[Trial], tried: Sequence[UnitPoint]) -> UnitPoint:
+        import torch
+        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+
         done = [row.objective is not None for row in rows]  # completed and stopped ones
         scored = [row for row, d in zip(rows, done, strict=True) if d]
         x = np.array([u for u, d in zip(tried, done, strict=True) if d])  # (n, d)
-        waiting = np.array([u for u, d in zip(tried, done, strict=True) if not d])  # (w, d), or (0,)
+        waiting = [u for u, d in zip(tried, done, strict=True) if not d]
+        pending = torch.from_numpy(np.array(waiting)) if waiting else None  # (w, d)
+        if self.goal is not None:
+            early = len(scored) < TASK_MODEL_TRIALS
+            found = goals.acquisition(self.goal, x, scored, pending, by_task=early, seed=self.stream(number))
+            return self._best(number, found, np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])]))
         model = self.model(number, x, scored)
-        return self._best(number, model, x, waiting, self.box(model, x, rows))
+        box = self.box(model, x, rows)
+        found = qLogNoisyExpectedImprovement(model, torch.from_numpy(x), prune_baseline=True, X_pending=pending)
+        return self._best(number, found, box)
 
     def model(self, number: int, x: Array, rows: Sequence[Trial]) -> Any:
         """A BoTorch model of the objective: ``x`` (n, d) are the points of ``rows``, completed or stopped."""
@@ -55,18 +70,11 @@ class BotorchEngine(ModelEngine):
         """Where the next point is looked for, lowest and highest corner: (2, d). ``rows`` are all there are."""
         return np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])])
 
-    def _best(self, number: int, model: Any, x: Array, waiting: Array, box: Array) -> UnitPoint:
-        """The point of the box with the highest qLogNEI: (d,)."""
+    def _best(self, number: int, acquisition: Any, box: Array) -> UnitPoint:
+        """The point of the box with the highest value: (d,)."""
         import torch
-        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
         from botorch.optim import optimize_acqf
 
-        acquisition = qLogNoisyExpectedImprovement(
-            model,
-            torch.from_numpy(x),
-            prune_baseline=True,
-            X_pending=torch.from_numpy(waiting) if len(waiting) else None,
-        )
         candidate, _ = optimize_acqf(
             acquisition,
             torch.from_numpy(box),
@@ -93,14 +101,11 @@ class BotorchEngine(ModelEngine):
 def _model_class() -> Any:
     """`WeightedSum`, made when BoTorch is needed: importing it takes seconds."""
     import torch
-    from botorch.models.model import Model
     from botorch.posteriors.gpytorch import GPyTorchPosterior
     from gpytorch.distributions import MultivariateNormal
 
-    class WeightedSum(Model):  # type: ignore[misc, unused-ignore]
+    class WeightedSum(processes_class()):  # type: ignore[misc, unused-ignore]
         """``sum_i coefficients[i] * f_i``, with an independent Gaussian process f_i for each outcome.
-
-        As a BoTorch model, without GPyTorch's kernels: at this size their calls cost more than their arithmetic.
 
         Args:
             x: Inputs in the unit cube: (n, d).
@@ -108,42 +113,22 @@ def _model_class() -> Any:
             coefficients: (m,).
         """
 
+        alpha: torch.Tensor
+        root: torch.Tensor
+
         def __init__(self, x: Array, outcomes: Array, coefficients: Array) -> None:
-            super().__init__()
-            differences = gp.squared_differences(x)
-            means, deviations = outcomes.mean(1), outcomes.std(1, ddof=1) if len(x) > 1 else np.ones(len(outcomes))
-            deviations = np.where(deviations > 1e-12 * (1 + np.abs(means)), deviations, 1.0)
-            standard = (outcomes - means[:, None]) / deviations[:, None]  # (m, n)
-            fits = [gp.fit(differences, y) for y in standard]
-            total = coefficients * deviations
+            super().__init__(x, outcomes)
+            total = coefficients * self.deviations.numpy()
             unit = np.sqrt((total**2).sum()) or 1.0  # the sum's own scale: acquisitions expect values around one
             weights = torch.from_numpy(total / unit)  # (m,)
-            self.inverse = torch.from_numpy(np.stack([1 / f.lengthscales for f in fits]))[:, None, :]  # (m, 1, d)
-            self.scaled = torch.from_numpy(x) * self.inverse  # (m, n, d)
-            kernel = self._kernel(self.scaled, self.scaled)
-            kernel.diagonal(dim1=-2, dim2=-1).add_(torch.tensor([f.noise for f in fits])[:, None])
-            factor = torch.linalg.cholesky(kernel)
-            residual = torch.from_numpy(standard) - torch.tensor([f.mean for f in fits])[:, None]  # (m, n)
-            self.alpha = torch.cholesky_solve(residual[..., None], factor) * weights[:, None, None]  # (m, n, 1)
-            eye = torch.eye(len(x), dtype=torch.float64).expand_as(factor)
-            root = torch.linalg.solve_triangular(factor, eye, upper=False)
-            self.root = (root * weights[:, None, None]).mT.contiguous()  # (m, n, n)
-            self.mean = float((weights * torch.tensor([f.mean for f in fits])).sum())
+            self.alpha = self.alpha * weights[:, None, None]  # (m, n, 1)
+            self.root = self.root * weights[:, None, None]  # (m, n, n)
+            self.mean = float((weights * self.constants).sum())
             self.variances = (weights**2)[:, None, None]
-
-        @staticmethod
-        def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            """(..., p, d) and (..., r, d) to (..., p, r), without a tensor of all differences."""
-            squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.mT
-            return torch.exp(-0.5 * squares.clamp_min(0))
 
         @property
         def num_outputs(self) -> int:
             return 1
-
-        @property
-        def batch_shape(self) -> torch.Size:
-            return torch.Size()
 
         def posterior(self, X: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             """The joint posterior of the noiseless sum at ``X``, (..., q, d)."""
