@@ -46,11 +46,15 @@ class Inputs:
         """
         found = on_disk(self.base, name) if self.pieces else None
         base = _outline(*found) if found else self.base[name].detach()
-        if found and not (base.is_floating_point() and base.numel() > PIECE):
+        if found and not self.cuts(base):
             base = self.base[name].detach()
         if base.is_complex():
             raise MergeError(f"{name} is {_describe(base)}", "merge real tensors only")
         return base
+
+    def cuts(self, base: Tensor) -> bool:
+        """Whether `parts` hands this tensor of the base out in pieces."""
+        return self.pieces and base.is_floating_point() and base.numel() > PIECE
 
     def parts(self, name: str, base: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(where, w0, taus) of the tensor that is ``base`` in the base: of a large one, if in pieces, by flat pieces
@@ -63,7 +67,7 @@ class Inputs:
         if not base.is_floating_point() or not size:
             for _ in self._of_experts(name, base):
                 pass
-        elif not self.pieces or size <= PIECE:
+        elif not self.cuts(base):
             yield slice(0, size), *self._widened(name, base, self._of_experts(name, base))
         else:
             before = self._pieces_of(self.base, name, base) if base.is_meta else base.reshape(-1).__getitem__
@@ -108,16 +112,16 @@ class Inputs:
         return w0, taus
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, _, taus in self.walk():
-            yield name, taus
+        for name, stored in self.tensors():
+            for _, _, taus in self.parts(name, stored):
+                yield name, taus
 
-    def walk(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """One scan, as (name, w0, taus) of every floating tensor that is not empty."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """One scan, as (name, what `stored` gives) of every tensor."""
         self.scans += 1
         phase = f"scan {self.scans}"
         for done, name in enumerate(self.base, 1):
-            for _, w0, taus in self.parts(name, self.stored(name)):
-                yield name, w0, taus
+            yield name, self.stored(name)
             if self.progress:
                 self.progress(phase, done, len(self.base))
 
@@ -133,7 +137,7 @@ def _widen(tensor: Tensor, label: str) -> Tensor:
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
     if not wide.numel():
         return wide
-    extreme = max(abs(float(x)) for x in torch.aminmax(wide))
+    extreme = max(abs(float(x)) for x in torch.aminmax(tensor))  # faster over the bytes as stored
     if not extreme < math.inf:
         require_finite(label, wide)
     return wide.double() if extreme > LARGE else wide

@@ -44,10 +44,13 @@ class Statistics:
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``; values beyond its range become its largest ones, not infinities."""
-    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return tensor.to(dtype)
+    return _within(tensor, dtype).to(dtype)
+
+
+def _within(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor with values beyond the range of ``dtype`` at its ends."""
     limits = torch.finfo(dtype)
-    return tensor.clamp(limits.min, limits.max).to(dtype)
+    return tensor if limits.max >= torch.finfo(tensor.dtype).max else tensor.clamp(limits.min, limits.max)
 
 
 def _grams_of(
@@ -152,6 +155,14 @@ class _Job:
         )
         d = anchor.kernel(flat, inside, **inner).reshape(w0.shape)
         return d.mT if transposed else d
+
+    def measured(self, name: str, stored: Tensor, state: Any) -> Any:
+        """What the kernel is told of the tensor that is ``stored`` in the base: where that comes in pieces what
+        `Anchor.measure` finds, else what the scan found."""
+        if self.anchor.measure is None or not self.inputs.cuts(stored):
+            return state
+        parts = ((w0, taus) for _, w0, taus in self.inputs.parts(name, stored))
+        return self.anchor.measure(parts, self.knobs, self.weights)
 
     def context(self, name: str, w0: Tensor, depth: float, state: Any) -> Context:
         """What the kernel may look at for one tensor; Fishers are read here, one tensor at a time."""
@@ -276,8 +287,15 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+ARENA = 1 << 24
+"""Bytes of a block that is allocated and freed, untouched, before a merge. glibc's allocator hands free memory back to
+the system above a limit that it sets at twice the largest block it has seen freed (mallopt(3)); without, every piece
+would fault its pages in anew, which takes as long as the arithmetic."""
+
+
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
+    torch.empty(ARENA, dtype=torch.uint8)
     score = _with_ties(job.statistics.score, tied)
     whole = Whole(job.weights, inputs.base, inputs.experts, score, job.statistics.fisher)
     with _one_thread(anchor.elementwise):
@@ -298,10 +316,11 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
                 merged = stored.clone(memory_format=torch.contiguous_format)
             strength = job.scale * factor(name)
             with _one_thread(anchor.elementwise):
+                known = job.measured(name, stored, state)
                 for where, w0, taus in inputs.parts(name, stored):
-                    w0 = w0 + strength * job.merge(job.context(name, w0, depths[name], state), taus)
-                    require_finite(f"{name}, merged by {anchor.name},", w0)
-                    merged.view(-1)[where] = narrow(w0, merged.dtype).reshape(-1)
+                    found = (strength * job.merge(job.context(name, w0, depths[name], known), taus)).add_(w0)
+                    require_finite(f"{name}, merged by {anchor.name},", found)
+                    merged.view(-1)[where] = _within(found, merged.dtype).reshape(-1)
             if name in targets:
                 shared[name] = merged
         yield name, merged
@@ -314,10 +333,13 @@ def _depth_factor(job: _Job, depths: Mapping[str, float], state: Any) -> Callabl
     if job.anchor.wrapped is None:
         return lambda name: 1.0
 
-    def merged(name: str, w0: Tensor, taus: Tensor) -> Tensor:
-        return job.merge(job.context(name, w0, depths[name], state), taus)
+    def merges() -> Iterator[tuple[Tensor, Tensor]]:
+        for name, stored in job.inputs.tensors():
+            known = job.measured(name, stored, state)
+            for _, w0, taus in job.inputs.parts(name, stored):
+                yield taus, job.merge(job.context(name, w0, depths[name], known), taus)
 
-    found = profile(job.knobs, job.inputs.walk(), merged, job.weights)
+    found = profile(job.knobs, merges(), job.weights)
     return lambda name: found.factor(depths[name], depth_of(name) is not None)
 
 
