@@ -143,8 +143,8 @@ class Anchor:
     ``takes`` those it makes use of where they are given. ``elementwise``: every entry is merged by itself (and by what
     the scan or ``measure`` found), so that a large tensor is taken in flat pieces. ``scan``, where given, runs once
     before the first tensor is merged, ``measure`` before each tensor that comes in pieces; what they return is the
-    kernel's ``context.state``. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
-    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+    kernel's ``context.state``. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0)
+    or "any" (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
     ``wrapped``: the method that this one scales by depth (LiNeS, see `lines`), None for a method of its own.
 

@@ -26,7 +26,6 @@ from .inputs import PIECE
 from .task_arithmetic import task_arithmetic
 from .ties import TiesState, scan_ties, ties
 
-
 FOLD = 509
 """Words of 8 bytes that content is folded to: a prime, so that swapped rows of a matrix still change the sums."""
 

@@ -76,8 +76,8 @@ class Profile:
 
 
 Merges = Iterable[tuple[Tensor, Tensor]]
-"""(taus (T, *shape), d (*shape)) of every floating tensor that is not empty, or of its pieces: the task vectors, and what
-the wrapped method makes of them without its scale. It is iterated where the profile needs it, once."""
+"""(taus (T, *shape), d (*shape)) of every floating tensor that is not empty, or of its pieces: the task vectors, and
+what the wrapped method makes of them without its scale. It is iterated where the profile needs it, once."""
 
 
 def profile(knobs: Mapping[str, KnobValue], merges: Merges, weights: Tensor) -> Profile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weig
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
 from .lines import profile
 from .registry import get, resolve_knobs
+from .resources import keep_pages, one_thread
 
 
 @dataclass(frozen=True)
@@ -274,31 +274,12 @@ _SOURCES = {
 }
 
 
-@contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """One thread for pieces that fit a cache: memory is the limit there, and threads that wait for each other after
-    every operation slow a busy machine down thirtyfold."""
-    threads = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-ARENA = 1 << 24
-"""Bytes of a block that is allocated and freed, untouched, before a merge. glibc's allocator hands free memory back to
-the system above a limit that it sets at twice the largest block it has seen freed (mallopt(3)); without, every piece
-would fault its pages in anew, which takes as long as the arithmetic."""
-
-
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
-    torch.empty(ARENA, dtype=torch.uint8)
+    keep_pages()
     score = _with_ties(job.statistics.score, tied)
     whole = Whole(job.weights, inputs.base, inputs.experts, score, job.statistics.fisher)
-    with _one_thread(anchor.elementwise):
+    with one_thread(anchor.elementwise):
         state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
     factor = _depth_factor(job, depths, state)
@@ -315,7 +296,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
             else:
                 merged = stored.clone(memory_format=torch.contiguous_format)
             strength = job.scale * factor(name)
-            with _one_thread(anchor.elementwise):
+            with one_thread(anchor.elementwise):
                 known = job.measured(name, stored, state)
                 for where, w0, taus in inputs.parts(name, stored):
                     found = (strength * job.merge(job.context(name, w0, depths[name], known), taus)).add_(w0)
