@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,13 +45,18 @@ class Statistics:
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``; values beyond its range become its largest ones, not infinities."""
-    return _within(tensor, dtype).to(dtype)
-
-
-def _within(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor with values beyond the range of ``dtype`` at its ends."""
     limits = torch.finfo(dtype)
-    return tensor if limits.max >= torch.finfo(tensor.dtype).max else tensor.clamp(limits.min, limits.max)
+    fits = limits.max >= torch.finfo(tensor.dtype).max
+    return tensor.to(dtype) if fits else tensor.clamp(limits.min, limits.max).to(dtype)
+
+
+def _store(result: Tensor, into: Tensor, label: str) -> None:
+    """Copy a merged piece (*shape) ``into`` its place (n,) as `narrow` would; `MergeError` for NaN and Inf."""
+    low, high = (float(x) for x in torch.aminmax(result))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        require_finite(label, result)
+    limit = torch.finfo(into.dtype).max
+    into.copy_((result.clamp(-limit, limit) if max(-low, high) > limit else result).reshape(-1))
 
 
 def _grams_of(
@@ -300,8 +306,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
                 known = job.measured(name, stored, state)
                 for where, w0, taus in inputs.parts(name, stored):
                     found = (strength * job.merge(job.context(name, w0, depths[name], known), taus)).add_(w0)
-                    require_finite(f"{name}, merged by {anchor.name},", found)
-                    merged.view(-1)[where] = _within(found, merged.dtype).reshape(-1)
+                    _store(found, merged.view(-1)[where], f"{name}, merged by {anchor.name},")
             if name in targets:
                 shared[name] = merged
         yield name, merged
