@@ -78,8 +78,11 @@ def checkpoints(root: Path, *sizes: int) -> int:
     return int(done.read_text())
 
 
-def measure(command: list[str], environ: dict[str, str], out: Path) -> tuple[float, float]:
-    """Wall seconds and peak resident MiB of one process, which must succeed and leave a checkpoint in ``out``."""
+def measure(command: list[str], environ: dict[str, str], out: Path) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds (user and system) and peak resident MiB of one process.
+
+    It must succeed and leave a checkpoint in ``out``.
+    """
     start = time.perf_counter()
     child = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
@@ -89,7 +92,7 @@ def measure(command: list[str], environ: dict[str, str], out: Path) -> tuple[flo
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode or not list(out.glob("*.safetensors")):
         raise SystemExit(f"{' '.join(command)}\n{error.decode()[-2000:]}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def ours(method: str, root: Path, experts: int) -> list[str]:
@@ -146,14 +149,17 @@ def main() -> None:
     sizes = (args.experts, args.layers, args.hidden, args.intermediate, args.vocabulary)
     root = args.work / "-".join(map(str, sizes))
     python, parameters, known = environment("mergekit"), checkpoints(root, *sizes), registered()
-    environ = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "BMM_CACHE": str(root)}
+    # both run from compiled bytecode, as after an installation
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environ = kept | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "BMM_CACHE": str(root)}
     print(f"{parameters / 1e6:.0f} M parameters, bfloat16, {args.experts} experts (SLERP: 2)")
     print(f"{args.threads} thread(s), medians of {args.rounds} interleaved rounds\n")
-    print("| method | bmm s | mergekit s | times faster | bmm MiB | mergekit MiB | share of memory |")
-    print(7 * "|---" + "|")
+    print("| method | bmm s | mergekit s | times faster | bmm CPU s | mergekit CPU s | times less |", end="")
+    print(" bmm MiB | mergekit MiB | share of memory |")
+    print(10 * "|---" + "|")
     for method in args.methods:
         if method not in known:
-            print(f"| {method} | not in the registry: skipped | | | | | |")
+            print(f"| {method} | not in the registry: skipped |" + 8 * " |")
             continue
         count = 2 if method == "slerp" else args.experts
         rounds = [
@@ -163,11 +169,12 @@ def main() -> None:
             )
             for _ in range(args.rounds)
         ]
-        (s, m), (their_s, their_m) = (
-            [statistics.median(r[side][k] for r in rounds) for k in range(2)] for side in range(2)
+        (s, c, m), (their_s, their_c, their_m) = (
+            [statistics.median(r[side][k] for r in rounds) for k in range(3)] for side in range(2)
         )
-        cells = [method, f"{s:.2f}", f"{their_s:.2f}", f"{their_s / s:.1f}", f"{m:.0f}", f"{their_m:.0f}"]
-        print("| " + " | ".join([*cells, f"{m / their_m:.2f}"]) + " |", flush=True)
+        cells = [method, f"{s:.2f}", f"{their_s:.2f}", f"{their_s / s:.1f}", f"{c:.2f}", f"{their_c:.2f}"]
+        cells += [f"{their_c / c:.1f}", f"{m:.0f}", f"{their_m:.0f}", f"{m / their_m:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
     for left in (root / BMM, root / MERGEKIT):
         shutil.rmtree(left, ignore_errors=True)
     (root / f"{MERGEKIT}.yaml").unlink(missing_ok=True)

@@ -32,6 +32,12 @@ Scan = Callable[[TaskVectors, Mapping[str, Any], "Whole"], Any]
 """``scan(task_vectors, knobs, whole) -> state``: what a kernel must know of the whole model, found before the first
 tensor."""
 
+Parts = Iterable[tuple[Tensor, Tensor]]
+"""One tensor as (w0, taus): flat pieces w0 (n,) and taus (T, n) one after the other, or once all of it."""
+
+Measure = Callable[[Parts, Mapping[str, Any], Tensor], Any]
+"""``measure(parts, knobs, weights (T,)) -> state``: what a kernel must know of a tensor that it is handed in pieces."""
+
 NEEDS = {
     "grams": "Gram matrices of every module's inputs (calibration inputs)",
     "fisher": "a diagonal Fisher for every expert (calibration inputs)",
@@ -101,7 +107,8 @@ class Context:
     ``w0`` is the base's tensor, in the shape, dtype and device of one task vector; ``weights`` (T,) the task weights
     a_t, ones unless the user gave some; ``grams`` the T Grams (i, i) of the inputs of this weight, ``fisher``
     (T, *shape) and ``base_fisher`` (*shape) the diagonal Fishers of experts and base, each None where there is none;
-    ``depth`` where in the model the tensor sits, 0 (input) to 1 (output); ``state`` what the scan returned, else None.
+    ``depth`` where in the model the tensor sits, 0 (input) to 1 (output); ``state`` what the scan or the method's
+    ``measure`` returned, else None.
     """
 
     name: str
@@ -134,9 +141,10 @@ class Anchor:
     and every tensor without matrix form (see `matrix_shape`) gets the mean of its task vectors instead, or what the
     kernel ``others`` makes of them. ``needs`` names the statistics the method cannot do without, keys of `NEEDS`,
     ``takes`` those it makes use of where they are given. ``elementwise``: every entry is merged by itself (and by what
-    the scan found), so that a large tensor is taken in flat pieces. ``scan``, where given, runs once before the first
-    tensor is merged. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0) or "any"
-    (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
+    the scan or ``measure`` found), so that a large tensor is taken in flat pieces. ``scan``, where given, runs once
+    before the first tensor is merged, ``measure`` before each tensor that comes in pieces; what they return is the
+    kernel's ``context.state``. ``weights``: which task weights the method takes: "" none, "positive" (>= 0, not all 0)
+    or "any" (negative ones forget a task). ``experts``: the fewest and the most experts it takes, None for no limit.
 
     ``wrapped``: the method that this one scales by depth (LiNeS, see `lines`), None for a method of its own.
 
@@ -155,6 +163,7 @@ class Anchor:
     takes: frozenset[str] = frozenset()
     others: Kernel | None = None
     scan: Scan | None = None
+    measure: Measure | None = None
     weights: Literal["", "positive", "any"] = ""
     experts: tuple[int, int | None] = (1, None)
     wrapped: Anchor | None = None

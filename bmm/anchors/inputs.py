@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ LARGE = 1e12
 PIECE = 1 << 17
 """Entries of a tensor that an elementwise method takes at a time: all T experts' then fit a processor's cache."""
 
+AHEAD = 4
+"""Pieces that are read from disk at once."""
+
 
 @dataclass
 class Inputs:
@@ -38,6 +41,7 @@ class Inputs:
     progress: Progress | None
     pieces: bool = False
     scans: int = 0
+    _plain: set[str] = field(default_factory=set)  # tensors in pieces, gone through and found finite and not `LARGE`
 
     def stored(self, name: str) -> Tensor:
         """The base's tensor as it is; `MergeError` for complex numbers.
@@ -46,11 +50,15 @@ class Inputs:
         """
         found = on_disk(self.base, name) if self.pieces else None
         base = _outline(*found) if found else self.base[name].detach()
-        if found and not (base.is_floating_point() and base.numel() > PIECE):
+        if found and not self.cuts(base):
             base = self.base[name].detach()
         if base.is_complex():
             raise MergeError(f"{name} is {_describe(base)}", "merge real tensors only")
         return base
+
+    def cuts(self, base: Tensor) -> bool:
+        """Whether `parts` hands this tensor of the base out in pieces."""
+        return self.pieces and base.is_floating_point() and base.numel() > PIECE
 
     def parts(self, name: str, base: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(where, w0, taus) of the tensor that is ``base`` in the base: of a large one, if in pieces, by flat pieces
@@ -63,21 +71,26 @@ class Inputs:
         if not base.is_floating_point() or not size:
             for _ in self._of_experts(name, base):
                 pass
-        elif not self.pieces or size <= PIECE:
+        elif not self.cuts(base):
             yield slice(0, size), *self._widened(name, base, self._of_experts(name, base))
         else:
             before = self._pieces_of(self.base, name, base) if base.is_meta else base.reshape(-1).__getitem__
             after = [self._pieces_of(expert, name, base, t) for t, expert in enumerate(self.experts)]
+            plain = True
             for start in range(0, size, PIECE):
                 where = slice(start, min(start + PIECE, size))
-                yield where, *self._widened(name, before(where), (piece(where) for piece in after))
+                w0, taus = self._widened(name, before(where), (piece(where) for piece in after))
+                plain = plain and taus.dtype == torch.float32
+                yield where, w0, taus
+            if plain:
+                self._plain.add(name)
 
     def _pieces_of(self, model: Tensors, name: str, base: Tensor, t: int = 0) -> Callable[[slice], Tensor]:
         """What gives the entries of a flattened tensor that a slice asks for; from disk, reads no others."""
         if found := on_disk(model, name):
             checkpoint, stored = found
             _require_like(name, base, _outline(checkpoint, stored), t)
-            return lambda where: checkpoint.piece(stored, where.start, where.stop)
+            return _Ahead(checkpoint, stored, base.numel())
         raw = model[name].detach()
         _require_like(name, base, raw, t)
         return raw.reshape(-1).__getitem__
@@ -98,26 +111,27 @@ class Inputs:
 
     def _widened(self, name: str, base: Tensor, experts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """w0 (*shape) and taus (T, *shape) on the device, checked for NaN and Inf."""
-        w0 = _widen(base.to(self.device), f"{name} of the base")
+        known = name in self._plain
+        w0 = _widen(base.to(self.device), f"{name} of the base", known)
         taus = w0.new_empty(len(self.experts), *w0.shape)  # (T, *shape)
         for t, raw in enumerate(experts):
-            wt = _widen(raw.to(self.device), f"{name} of experts[{t}]")
+            wt = _widen(raw.to(self.device), f"{name} of experts[{t}]", known)
             if wt.dtype != taus.dtype:
                 w0, wt, taus = w0.double(), wt.double(), taus.double()
             torch.sub(wt, w0, out=taus[t])
         return w0, taus
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, _, taus in self.walk():
-            yield name, taus
+        for name, stored in self.tensors():
+            for _, _, taus in self.parts(name, stored):
+                yield name, taus
 
-    def walk(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """One scan, as (name, w0, taus) of every floating tensor that is not empty."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """One scan, as (name, what `stored` gives) of every tensor."""
         self.scans += 1
         phase = f"scan {self.scans}"
         for done, name in enumerate(self.base, 1):
-            for _, w0, taus in self.parts(name, self.stored(name)):
-                yield name, w0, taus
+            yield name, self.stored(name)
             if self.progress:
                 self.progress(phase, done, len(self.base))
 
@@ -128,12 +142,32 @@ def _outline(checkpoint: Checkpoint, name: str) -> Tensor:
     return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
-def _widen(tensor: Tensor, label: str) -> Tensor:
-    """The tensor in the dtype its arithmetic is done in; `MergeError` naming ``label`` where it holds NaN or Inf."""
+@dataclass
+class _Ahead:
+    """The entries of a flattened tensor on disk that a slice asks for, read `AHEAD` pieces at once."""
+
+    checkpoint: Checkpoint
+    name: str
+    size: int
+    start: int = 0
+    block: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __call__(self, where: slice) -> Tensor:
+        if not self.start <= where.start < where.stop <= self.start + self.block.numel():
+            stop = min(max(where.stop, where.start + AHEAD * PIECE), self.size)
+            self.start, self.block = where.start, self.checkpoint.piece(self.name, where.start, stop)
+        return self.block[where.start - self.start : where.stop - self.start]
+
+
+def _widen(tensor: Tensor, label: str, known: bool = False) -> Tensor:
+    """The tensor in the dtype its arithmetic is done in; `MergeError` naming ``label`` where it holds NaN or Inf.
+
+    ``known``: it was looked at before, and is neither that nor `LARGE`.
+    """
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    if not wide.numel():
+    if known or not wide.numel():
         return wide
-    extreme = max(abs(float(x)) for x in torch.aminmax(wide))
+    extreme = max(abs(float(x)) for x in torch.aminmax(tensor))  # faster over the bytes as stored
     if not extreme < math.inf:
         require_finite(label, wide)
     return wide.double() if extreme > LARGE else wide

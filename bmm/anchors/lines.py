@@ -16,7 +16,7 @@ block counts as depth 1, unless ``lines_outside`` is "first".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,25 +75,24 @@ class Profile:
         return self.alpha if self.outside_first and not in_block else self.alpha + self.beta * depth
 
 
-Walk = Iterable[tuple[str, Tensor, Tensor]]
-"""(name, w0 (*shape), taus (T, *shape)) of every floating tensor that is not empty."""
+Merges = Iterable[tuple[Tensor, Tensor]]
+"""(taus (T, *shape), d (*shape)) of every floating tensor that is not empty, or of its pieces: the task vectors, and
+what the wrapped method makes of them without its scale. It is iterated where the profile needs it, once."""
 
 
-def profile(
-    knobs: Mapping[str, KnobValue], walk: Walk, merged: Callable[[str, Tensor, Tensor], Tensor], weights: Tensor
-) -> Profile:
-    """The profile of one merge; ``merged(name, w0, taus)`` is the wrapped method's task vector without its scale."""
-    unit = _norm_ratio(walk, merged, weights) if knobs["lines_unit"] == "norm" else 1.0
+def profile(knobs: Mapping[str, KnobValue], merges: Merges, weights: Tensor) -> Profile:
+    """The profile of one merge."""
+    unit = _norm_ratio(merges, weights) if knobs["lines_unit"] == "norm" else 1.0
     return Profile(float(knobs["lines_alpha"]) * unit, float(knobs["lines_beta"]), knobs["lines_outside"] == "first")
 
 
-def _norm_ratio(walk: Walk, merged: Callable[[str, Tensor, Tensor], Tensor], weights: Tensor) -> float:
+def _norm_ratio(merges: Merges, weights: Tensor) -> float:
     """``||sum_t a_t tau_t||_1 / (sum_t |a_t| ||d||_1)`` over the whole model; 1 where d is zero.
 
     The norms are the authors' (their code); the paper does not name one.
     """
     total = size = 0.0
-    for name, w0, taus in walk:
+    for taus, d in merges:
         total += float(weighted_sum(taus, weights).abs().sum(dtype=torch.float64))
-        size += float(merged(name, w0, taus).abs().sum(dtype=torch.float64))
+        size += float(d.abs().sum(dtype=torch.float64))
     return total / (float(weights.abs().sum()) * size) if size else 1.0

@@ -24,7 +24,7 @@ def model_stock(taus: Tensor, context: Context, *, per: Literal["tensor", "row"]
     of the tensor's.
     """
     if per == "tensor" or taus.dim() < 3:
-        share = _share(Points.of(taus, context).cosines)  # ()
+        share = _share(Points.of([(context.w0, taus)]).cosines)  # ()
     else:
         rows = taus.flatten(2).transpose(0, 1)  # (o, T, n)
         share = torch.cat([_share(_cosines(part)) for part in rows.split(_rows_at_once(rows))])  # (o,)

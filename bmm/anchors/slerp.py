@@ -3,18 +3,21 @@
 All three act on each tensor by itself, flattened to one vector, and keep the vectors' mean length, which a plain
 average shortens. ``space`` "weights" interpolates the weights themselves (angles seen from 0; what SLERP in the model
 merging tool mergekit, arXiv 2403.13257, does), "task_vectors" the changes from the base (angles seen from the base).
+
+Each result is a sum of the T vectors, with coefficients that depend on their inner products alone. Of a tensor that
+comes in pieces those are measured in one pass, and the sum is made in a second one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from .anchor import Context
-from .sphere import Points, Space, SphereMean, karcher_mean
+from .anchor import Context, Measure, Parts
+from .sphere import Combination, Points, Space, SphereMean, karcher_mean
 
 PARALLEL = 0.9995
 """Above this |cosine| SLERP is the straight line between the two points, as published: an arc that short is one to
@@ -28,13 +31,18 @@ def slerp(taus: Tensor, context: Context, *, t: float, space: Space) -> Tensor:
     ``taus`` (2, *shape) -> (*shape). t = 0 gives the first expert, 1 the second. Where they are nearly parallel or
     opposite (see `PARALLEL`), or one of them is zero, it is ``(1 - t) W_1 + t W_2``.
     """
-    points = Points.of(taus, context, space)
+    return _merged(measure_slerp, taus, context, {"t": t, "space": space})
+
+
+def measure_slerp(parts: Parts, knobs: Mapping[str, Any], weights: Tensor) -> Combination:
+    """The coefficients of one tensor's merge; see `slerp`."""
+    points, t = Points.of(parts, knobs["space"]), knobs["t"]
     cosine = float(points.cosines[0, 1])
     if abs(cosine) > PARALLEL or bool((points.norms == 0).any()):
-        return (1 - t) * taus[0] + t * taus[1]
+        return Combination(points.norms.new_tensor([1 - t, t]), 0.0)
     phi = math.acos(cosine)
     pair = [math.sin((1 - t) * phi) / math.sin(phi), math.sin(t * phi) / math.sin(phi)]
-    return points.combine(torch.tensor(pair, dtype=torch.float64, device=taus.device))
+    return points.combination(points.norms.new_tensor(pair))
 
 
 def multi_slerp(taus: Tensor, context: Context, *, space: Space, tangent: Literal["project", "log"]) -> Tensor:
@@ -49,7 +57,12 @@ def multi_slerp(taus: Tensor, context: Context, *, space: Space, tangent: Litera
 
     Zero vectors have no direction: only their length, 0, counts. Directions that cancel: the weighted mean.
     """
-    return _mean(taus, context, space, 0.0, 1 if tangent == "log" else 0)
+    return _merged(measure_multi_slerp, taus, context, {"space": space, "tangent": tangent})
+
+
+def measure_multi_slerp(parts: Parts, knobs: Mapping[str, Any], weights: Tensor) -> Combination:
+    """The coefficients of one tensor's merge; see `multi_slerp`."""
+    return _mean(Points.of(parts, knobs["space"]), weights, 0.0, 1 if knobs["tangent"] == "log" else 0)
 
 
 def karcher(taus: Tensor, context: Context, *, space: Space, tolerance: float, iterations: int) -> Tensor:
@@ -60,14 +73,24 @@ def karcher(taus: Tensor, context: Context, *, space: Space, tolerance: float, i
     experts of equal weight and length give SLERP at t = 1/2. Zero vectors and cancelling directions as in
     `multi_slerp`.
     """
-    return _mean(taus, context, space, tolerance, iterations)
+    knobs = {"space": space, "tolerance": tolerance, "iterations": iterations}
+    return _merged(measure_karcher, taus, context, knobs)
 
 
-def _mean(taus: Tensor, context: Context, space: Space, tolerance: float, iterations: int) -> Tensor:
-    points = Points.of(taus, context, space)
+def measure_karcher(parts: Parts, knobs: Mapping[str, Any], weights: Tensor) -> Combination:
+    """The coefficients of one tensor's merge; see `karcher`."""
+    return _mean(Points.of(parts, knobs["space"]), weights, knobs["tolerance"], knobs["iterations"])
+
+
+def _mean(points: Points, weights: Tensor, tolerance: float, iterations: int) -> Combination:
     known = points.norms.nonzero()[:, 0]  # the points that have a direction
     if not len(known):
-        return points.at(SphereMean(None, math.inf, 0), known)
-    weights = context.weights.to(known.device)[known]
-    found = karcher_mean(points.cosines[known][:, known], weights, tolerance, iterations)
-    return points.at(found, known)
+        return points.at(SphereMean(None, math.inf, 0), known, weights)
+    found = karcher_mean(points.cosines[known][:, known], weights.to(known.device)[known], tolerance, iterations)
+    return points.at(found, known, weights)
+
+
+def _merged(measure: Measure, taus: Tensor, context: Context, knobs: Mapping[str, Any]) -> Tensor:
+    """The task vector (*shape) of a piece of a tensor that was measured before, or of a whole one."""
+    found: Combination = context.state or measure([(context.w0, taus)], knobs, context.weights)
+    return found.of(taus, context.w0)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .anchor import Context, weighted_mean
+from .anchor import Parts
 
 Space = Literal["weights", "task_vectors"]
 
@@ -90,58 +90,77 @@ def _normalised(coefficients: Tensor, cosines: Tensor) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class Combination:
+    """The point ``sum_t c_t p_t`` as a recipe: its task vector is ``sum_t c_t tau_t + offset w0``.
+
+    The offset is ``sum_t c_t - 1`` for points seen from 0: small changes keep their digits next to w0.
+    """
+
+    coefficients: Tensor  # (T,), float64
+    offset: float
+
+    def of(self, taus: Tensor, w0: Tensor) -> Tensor:
+        """(T, *shape), (*shape) -> (*shape), for the whole tensor or a piece of it."""
+        d = torch.tensordot(self.coefficients.to(taus), taus, dims=1)  # (*shape)
+        return d.add_(w0, alpha=self.offset) if self.offset else d
+
+
+@dataclass(frozen=True)
 class Points:
     """T models' versions of one tensor as vectors from an origin: 0 (``weights``) or the base (``task_vectors``).
 
-    ``norms`` (T,) and ``cosines`` (T, T) are float64; lengths are in units of the largest entry. A cosine with a
-    vector of length 0 is 0.
+    ``norms`` (T,) and ``cosines`` (T, T) are float64; lengths are in units of the largest entry, or of 1. A cosine with
+    a vector of length 0 is 0. ``moved``: whether any of them differs from the base.
     """
 
-    taus: Tensor  # (T, *shape)
-    context: Context
     space: Space
     norms: Tensor
     cosines: Tensor
+    moved: bool
 
     @classmethod
-    def of(cls, taus: Tensor, context: Context, space: Space = "task_vectors") -> Points:
+    def of(cls, parts: Parts, space: Space = "task_vectors") -> Points:
         """Measure them: one pass over the entries, in float64 however they are stored."""
-        flat = taus.flatten(1) if taus.dim() > 1 else taus[:, None]  # (T, n)
-        origin = context.w0.flatten() if space == "weights" else None  # (n,)
-        unit = float(taus.abs().amax()) + (float(origin.abs().amax()) if origin is not None else 0.0) or 1.0
-        products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)  # (T, T)
-        for start in range(0, flat.shape[1], CHUNK):
-            part = flat[:, start : start + CHUNK].double()
-            if origin is not None:
-                part = part + origin[start : start + CHUNK].double()
-            part = part / unit
-            products += part @ part.mT
+        products, unit, moved = torch.zeros(()), 0.0, False
+        for w0, taus in parts:
+            moved = moved or bool(taus.any())
+            flat = taus.flatten(1) if taus.dim() > 1 else taus[:, None]  # (T, n)
+            origin = w0.flatten()  # (n,)
+            if not products.dim():
+                products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)  # (T, T)
+            for start in range(0, flat.shape[1], CHUNK):
+                part = flat[:, start : start + CHUNK].to(torch.float64, copy=True)
+                if space == "weights":
+                    part += origin[start : start + CHUNK]
+                # Squares of what is merged in float32 fit a float64 as they are; see `inputs.LARGE`.
+                largest = float(part.abs().amax()) if taus.dtype == torch.float64 else 1.0
+                if largest > unit:
+                    products *= (unit / largest) ** 2
+                    unit = largest
+                if unit not in (0.0, 1.0):
+                    part /= unit
+                products += part @ part.mT
         norms = products.diagonal().sqrt()  # (T,)
-        return cls(taus, context, space, norms, cosines_of(products))
+        return cls(space, norms, cosines_of(products), moved)
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """The task vector (*shape) of the point ``sum_t c_t p_t``.
+    def combination(self, coefficients: Tensor) -> Combination:
+        """The point ``sum_t c_t p_t``, the base itself where all points are."""
+        seen_from_zero = self.space == "weights" and self.moved
+        return Combination(coefficients, float(coefficients.sum()) - 1 if seen_from_zero else 0.0)
 
-        With weights that is ``sum_t c_t tau_t + (sum_t c_t - 1) w0``: small changes keep their digits next to w0.
+    def at(self, mean: SphereMean, known: Tensor, weights: Tensor) -> Combination:
+        """The point in the mean's direction, as long as the points are on weighted average.
+
+        ``known`` are the indices of the points, none of length 0, whose directions the mean is of; ``weights`` (T,)
+        those of all points. Without a mean: the weighted mean of the points.
         """
-        d = torch.tensordot(coefficients.to(self.taus), self.taus, dims=1)  # (*shape)
-        if self.space == "task_vectors" or not bool(self.taus.any()):
-            return d
-        return d + (float(coefficients.sum()) - 1) * self.context.w0
-
-    def at(self, mean: SphereMean, known: Tensor) -> Tensor:
-        """The task vector (*shape) in the mean's direction, as long as the points are on weighted average.
-
-        ``known`` are the indices of the points, none of length 0, whose directions the mean is of. Without a mean:
-        the weighted mean of the points.
-        """
+        shares = weights.to(self.norms) / weights.sum()
         if mean.coefficients is None:
-            return weighted_mean(self.taus, self.context.weights)
-        shares = self.context.weights.to(self.norms) / self.context.weights.sum()
+            return Combination(shares, 0.0)
         length = (shares * self.norms).sum()
         coefficients = torch.zeros_like(self.norms)  # (T,)
         coefficients[known] = mean.coefficients * length / self.norms[known]
-        return self.combine(coefficients)
+        return self.combination(coefficients)
 
 
 def cosines_of(products: Tensor) -> Tensor:

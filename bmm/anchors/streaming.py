@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weig
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
 from .lines import profile
 from .registry import get, resolve_knobs
+from .resources import keep_pages, one_thread
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,18 @@ class Statistics:
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype``; values beyond its range become its largest ones, not infinities."""
-    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return tensor.to(dtype)
     limits = torch.finfo(dtype)
-    return tensor.clamp(limits.min, limits.max).to(dtype)
+    fits = limits.max >= torch.finfo(tensor.dtype).max
+    return tensor.to(dtype) if fits else tensor.clamp(limits.min, limits.max).to(dtype)
+
+
+def _store(result: Tensor, into: Tensor, label: str) -> None:
+    """Copy a merged piece (*shape) ``into`` its place (n,) as `narrow` would; `MergeError` for NaN and Inf."""
+    low, high = (float(x) for x in torch.aminmax(result))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        require_finite(label, result)
+    limit = torch.finfo(into.dtype).max
+    into.copy_((result.clamp(-limit, limit) if max(-low, high) > limit else result).reshape(-1))
 
 
 def _grams_of(
@@ -152,6 +161,14 @@ class _Job:
         )
         d = anchor.kernel(flat, inside, **inner).reshape(w0.shape)
         return d.mT if transposed else d
+
+    def measured(self, name: str, stored: Tensor, state: Any) -> Any:
+        """What the kernel is told of the tensor that is ``stored`` in the base: where that comes in pieces what
+        `Anchor.measure` finds, else what the scan found."""
+        if self.anchor.measure is None or not self.inputs.cuts(stored):
+            return state
+        parts = ((w0, taus) for _, w0, taus in self.inputs.parts(name, stored))
+        return self.anchor.measure(parts, self.knobs, self.weights)
 
     def context(self, name: str, w0: Tensor, depth: float, state: Any) -> Context:
         """What the kernel may look at for one tensor; Fishers are read here, one tensor at a time."""
@@ -263,24 +280,12 @@ _SOURCES = {
 }
 
 
-@contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """One thread for pieces that fit a cache: memory is the limit there, and threads that wait for each other after
-    every operation slow a busy machine down thirtyfold."""
-    threads = torch.get_num_threads()
-    if wanted:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
+    keep_pages()
     score = _with_ties(job.statistics.score, tied)
     whole = Whole(job.weights, inputs.base, inputs.experts, score, job.statistics.fisher)
-    with _one_thread(anchor.elementwise):
+    with one_thread(anchor.elementwise):
         state = anchor.scan(inputs, job.knobs, whole) if anchor.scan else None
     depths = relative_depths(base)
     factor = _depth_factor(job, depths, state)
@@ -297,11 +302,11 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
             else:
                 merged = stored.clone(memory_format=torch.contiguous_format)
             strength = job.scale * factor(name)
-            with _one_thread(anchor.elementwise):
+            with one_thread(anchor.elementwise):
+                known = job.measured(name, stored, state)
                 for where, w0, taus in inputs.parts(name, stored):
-                    w0 = w0 + strength * job.merge(job.context(name, w0, depths[name], state), taus)
-                    require_finite(f"{name}, merged by {anchor.name},", w0)
-                    merged.view(-1)[where] = narrow(w0, merged.dtype).reshape(-1)
+                    found = (strength * job.merge(job.context(name, w0, depths[name], known), taus)).add_(w0)
+                    _store(found, merged.view(-1)[where], f"{name}, merged by {anchor.name},")
             if name in targets:
                 shared[name] = merged
         yield name, merged
@@ -314,10 +319,13 @@ def _depth_factor(job: _Job, depths: Mapping[str, float], state: Any) -> Callabl
     if job.anchor.wrapped is None:
         return lambda name: 1.0
 
-    def merged(name: str, w0: Tensor, taus: Tensor) -> Tensor:
-        return job.merge(job.context(name, w0, depths[name], state), taus)
+    def merges() -> Iterator[tuple[Tensor, Tensor]]:
+        for name, stored in job.inputs.tensors():
+            known = job.measured(name, stored, state)
+            for _, w0, taus in job.inputs.parts(name, stored):
+                yield taus, job.merge(job.context(name, w0, depths[name], known), taus)
 
-    found = profile(job.knobs, job.inputs.walk(), merged, job.weights)
+    found = profile(job.knobs, merges(), job.weights)
     return lambda name: found.factor(depths[name], depth_of(name) is not None)
 
 

@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..anchors.anchor import named_generator
@@ -274,6 +273,8 @@ def _units(tensor: Tensor, group: Group, site: Site) -> Tensor:
 
 def _assign(gains: np.ndarray) -> Tensor:
     """``(n,)``: for each row the column it gets, so that the gains add up to the most."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and merging does without
+
     return torch.from_numpy(linear_sum_assignment(gains, maximize=True)[1].astype(np.int64))
 
 

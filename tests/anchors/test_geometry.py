@@ -220,10 +220,10 @@ def test_small_changes_keep_their_digits():
 
 def test_inner_products_do_not_depend_on_the_chunk(monkeypatch):
     taus = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1))
-    context = type("C", (), {"w0": torch.zeros(1000)})()
-    whole = Points.of(taus, context, "weights").cosines
+    parts = [(torch.zeros(1000), taus)]
+    whole = Points.of(parts, "weights").cosines
     monkeypatch.setattr("bmm.anchors.sphere.CHUNK", 7)
-    torch.testing.assert_close(Points.of(taus, context, "weights").cosines, whole, rtol=0, atol=1e-14)
+    torch.testing.assert_close(Points.of(parts, "weights").cosines, whole, rtol=0, atol=1e-14)
     assert torch.equal(cosines_of(torch.zeros(2, 2).double()), torch.zeros(2, 2).double())
 
 

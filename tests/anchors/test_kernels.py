@@ -1,5 +1,7 @@
 """Every kernel against examples done by hand, and against its formula written out again in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,33 @@ def test_dare_draws_go_by_seed_name_and_content():
     for other in (drop_and_rescale(tau, "w", 0.5, 1), drop_and_rescale(tau, "v", 0.5, 0)):
         assert not torch.equal(other != 0, reference != 0)
     assert not torch.equal(drop_and_rescale(2 * tau, "w", 0.5, 0) != 0, reference != 0)
+
+
+def test_dare_draws_entries_independently_and_exactly_as_often_as_asked():
+    kept = drop_and_rescale(torch.arange(1.0, 1 + (1 << 21))[None], "w", 0.7, 0)[0] != 0  # no two pieces are alike
+    for lag in (1, 2, 3, 4):  # four entries share 64 random bits
+        both = (kept[lag:] & kept[:-lag]).float().mean()
+        assert abs(float(both) - 0.09) < 5 * (0.09 * 0.91 / len(kept)) ** 0.5
+    assert abs(float(kept.float().mean()) - 0.3) < 5 * (0.3 * 0.7 / len(kept)) ** 0.5
+    # Probabilities finer than the 2^16 levels of a draw.
+    fine = torch.cat([drop_and_rescale(torch.ones(1, 1 << 14), "w", 2**-16 / 3, seed) for seed in range(2000)])
+    expected = fine.numel() * 2**-16 / 3
+    assert abs(int((fine == 0).sum()) - expected) < 5 * expected**0.5
+
+
+def test_dare_tells_large_contents_apart():
+    """Content is folded to sums before it is hashed: what moves within a tensor changes the draw all the same."""
+    tau = random_taus((64, 128))
+    masks = [
+        tau,
+        tau.flip(0),
+        tau.flip(1),
+        tau.roll(1, 0),
+        tau.index_put((torch.tensor(7), torch.tensor(9)), tau[0, 0]),
+    ]
+    masks = [drop_and_rescale(m[None], "w", 0.5, 0)[0] != 0 for m in masks]
+    for a, b in itertools.combinations(masks, 2):
+        assert abs(float((a == b).float().mean()) - 0.5) < 5 * (0.25 / tau.numel()) ** 0.5
 
 
 def test_dare_merges_what_it_left():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..anchor import Anchor, Knob
 from ..model_stock import model_stock
-from ..slerp import karcher, multi_slerp, slerp
+from ..slerp import karcher, measure_karcher, measure_multi_slerp, measure_slerp, multi_slerp, slerp
 
 _MERGEKIT = "2403.13257, Arcee's MergeKit: A Toolkit for Merging Large Language Models"
 _SPACE = Knob.choice(
@@ -36,6 +36,8 @@ ROWS = (
         "Along the great circle between two experts, tensor by tensor.",
         (Knob("t", 0.5, 0.0, 1.0, "float", "place on the arc: 0 is the first expert, 1 the second"), _SPACE),
         slerp,
+        elementwise=True,
+        measure=measure_slerp,
         experts=(2, 2),
         formula="sin((1 - t) phi) / sin(phi) W_1 + sin(t phi) / sin(phi) W_2, phi their angle; a line if parallel",
         cost="o i",
@@ -53,6 +55,8 @@ ROWS = (
             ),
         ),
         multi_slerp,
+        elementwise=True,
+        measure=measure_multi_slerp,
         weights="positive",
         formula="exp_m(sum_t a_t P_m(W_t / |W_t|)) * sum_t a_t |W_t|, m = normalised sum_t a_t W_t / |W_t|, sum a = 1",
         cost="o i T^2",
@@ -69,6 +73,8 @@ ROWS = (
             Knob("iterations", 10, 0, 1000, "int", "most tangent steps"),
         ),
         karcher,
+        elementwise=True,
+        measure=measure_karcher,
         weights="positive",
         formula="argmin_m sum_t a_t angle(m, W_t)^2 on the unit sphere, times sum_t a_t |W_t| / sum_t a_t",
         cost="o i T^2",
