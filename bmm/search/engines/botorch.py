@@ -26,7 +26,7 @@ class BotorchEngine(ModelEngine):
     """Bayesian optimisation of the unit cube.
 
     Few trials tell more where each task's scores are modelled by themselves and summed, many where the objective is
-    modelled alone (docs/search.md has the figures); the engine changes from one to the other at
+    modelled alone (docs/LOG.md has the figures); the engine changes from one to the other at
     `TASK_MODEL_TRIALS`. The acquisition is qLogNEI (arXiv 2310.20708), which takes noise in the best trial into
     account. Pending and failed rows count as pending: neither is suggested again. Of stopped trials the forecast
     counts. Goals other than a weighted mean are in `bmm.search.engines.goals`.
