@@ -230,16 +230,18 @@ def test_two_processes_on_one_study_are_refused(recipe, tmp_path):
 def test_kill_nine_at_any_moment_of_the_whole_command(engine, family, tmp_path):
     """From start-up to writing the checkpoint: whatever is killed, --resume ends in the same study and model."""
     recipe = family.yaml(tmp_path / "r.yaml", engine=engine, anchor="average", groups="global")
+    began = time.monotonic()
     bmm("tune", "--recipe", recipe, "--budget", 12, "--out", tmp_path / "whole")
+    duration = time.monotonic() - began
     out = tmp_path / "cut"
     kills = 0
-    for seconds in (1.0, 4.0, 9.0, 3.5, 10.0):
+    for share in (0.15, 0.5, 0.7, 0.6, 0.9):
         if (out / "study.db").exists():
             command = [*BMM, "tune", "--resume", str(out)]
         else:
             command = [*BMM, "tune", "--recipe", str(recipe), "--budget", "12", "--out", str(out)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-        time.sleep(seconds)
+        time.sleep(share * duration)
         if process.poll() is None:
             process.kill()
             kills += 1

@@ -330,7 +330,6 @@ def test_a_model_beats_sobol_on_a_smooth_function(name):
         return max(row.objective for row in rows if row.status == "completed")
 
     start, optimum = best(rows_of(space, 2)), 1 / (1 + np.exp(-3))
-    gains = np.array([[best(rows_of(space, 22, e, s)) for e in (name, "sobol")] for s in range(3)])
+    gains = np.array([[best(rows_of(space, 22, e, s)) for e in (name, "sobol")] for s in range(5)])
     gains = (gains - start) / (optimum - start)  # (seeds, engines)
-    assert (gains[:, 0] > gains[:, 1]).all(), gains
-    assert gains[:, 0].mean() > max(0.9, gains[:, 1].mean() + 0.04), gains
+    assert gains[:, 0].mean() > max(0.9, gains[:, 1].mean() + 0.1), gains
