@@ -1,7 +1,7 @@
 """The accuracy table: every anchor plain, at its best scale, and under BMM with data, data-free and hybrid Grams.
 
-    python benchmarks/zoo.py                          vit8, the whole table (about an hour on two cores)
-    python benchmarks/zoo.py --zoo vit20              twenty tasks (about two hours)
+    python benchmarks/zoo.py                          vit8, the whole table (50 minutes on one core)
+    python benchmarks/zoo.py --zoo vit20              twenty tasks (two hours on one core)
     python benchmarks/zoo.py --quick                  TSV alone, data Grams, one seed, 12 trials
     python benchmarks/zoo.py --print                  the table of the cells that are there
 
