@@ -86,7 +86,8 @@ def main() -> None:
         if found:
             shares = [[100 * p[f"gap {s}"] for p in found] for s in SOURCES]
             means = [f"{100 * statistics.mean(p[line] for p in found):.1f}" for line in LINES]
-            gaps = [f"{statistics.mean(s):.0f} (sd {statistics.stdev(s) if len(s) > 1 else 0:.0f}) %" for s in shares]
+            spreads = [f" (sd {statistics.stdev(s):.0f})" if len(s) > 1 else "" for s in shares]
+            gaps = [f"{statistics.mean(s):.0f}{spread} %" for s, spread in zip(shares, spreads, strict=True)]
             rows.append([str(count), str(len(found)), *means, *gaps])
     publish(args, "tasks", markdown(["tasks", "sets", *LINES, *(f"gap closed, {s}" for s in SOURCES)], rows))
     if rows:
