@@ -18,13 +18,13 @@ from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
 from .notation import StateDict
+from .opening import open_run, targets
 from .posterior import calibrate
 from .progress import Progress, silent
 from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .run import Run
 from .saving import save
 from .search.database import StudyDatabase
 from .search.goal import Goal
@@ -82,7 +82,7 @@ def tune(
         # The folder may have been moved since; where it is now is what counts.
         chosen = make_recipe(given, **keys, out=str(path.parent))
     else:
-        chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
+        chosen = make_recipe(recipe, **keys, **targets(tasks, model))
     return tune_recipe(
         chosen,
         tasks=None if isinstance(tasks, str) else tasks,
@@ -130,7 +130,7 @@ def merge(
             raise RecipeError(f"no trial {trial} in {study}", f"trials 0 to {max(rows)}")
         point = (result.best if trial is None else rows[trial]).hyperparameters
         recipe = {k: v for k, v in result.recipe.items() if k != "out"}
-    chosen = make_recipe(recipe, **keys, **_targets(tasks, model)).relative_to(Path.cwd())
+    chosen = make_recipe(recipe, **keys, **targets(tasks, model)).relative_to(Path.cwd())
     plain = point is None and lam is None
     if masks:
         if not plain or out is None:
@@ -139,7 +139,7 @@ def merge(
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
-    run = _open(chosen, tasks, model, progress, need_tasks=needs_tasks)
+    run = open_run(chosen, tasks, model, progress, need_tasks=needs_tasks)
     if plain:
         return run.pool.with_ties(run.anchor(strict=True))
     prepared = run.prepare()
@@ -155,7 +155,7 @@ def merge(
 def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
     """The anchor method alone, from disk to disk with one module in memory at a time."""
     needs_tasks = bool(anchor_needs(recipe.anchor))
-    run = _open(
+    run = open_run(
         recipe, tasks, model, progress, need_tasks=needs_tasks, check=needs_tasks or recipe.anchor.startswith("path:")
     )
     total = len(run.pool.names)
@@ -197,8 +197,8 @@ def evaluate(
     """
     if split not in ("validation", "test"):
         raise RecipeError(f"no split {split!r}", "validation or test")
-    chosen = make_recipe(recipe, **keys, **_targets(tasks, model))
-    run = _open(chosen, tasks, model, progress)
+    chosen = make_recipe(recipe, **keys, **targets(tasks, model))
+    run = open_run(chosen, tasks, model, progress)
     given = checkpoint if isinstance(checkpoint, Mapping) else open_checkpoint(checkpoint, skip=chosen.skip)
     fitted = ModelPool(run.pool.base, [given], task_names=["checkpoint"])
     fitted.check_finite()
@@ -218,7 +218,7 @@ def collect_grams(
     **keys: Any,
 ) -> dict[str, TaskGrams]:
     """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache."""
-    run = _open(make_recipe(recipe, **keys, **_targets(tasks, model)), tasks, model, progress)
+    run = open_run(make_recipe(recipe, **keys, **targets(tasks, model)), tasks, model, progress)
     grams = run.collect_grams() if run.recipe.inputs == "experts" else run.evidence()[1]
     return dict(zip(run.experts, grams or [], strict=True))
 
@@ -289,23 +289,6 @@ def analyse(study: StudyResult | str | Path) -> Analysis:
     trials = study.trials if isinstance(study, StudyResult) else trials
     goal = Goal.from_json(meta["search"])
     return analyse_rows(trials, Space.from_json(meta["search"]["space"]), goal.reference, goal)
-
-
-def _open(
-    recipe: Recipe, tasks: Any, model: Any, progress: Progress, need_tasks: bool = True, check: bool = True
-) -> Run:
-    return Run(
-        recipe,
-        tasks=None if isinstance(tasks, str) else tasks,
-        model=None if isinstance(model, str) else model,
-        progress=progress,
-        need_tasks=need_tasks,
-        check=check,
-    )
-
-
-def _targets(tasks: Any, model: Any) -> dict[str, str]:
-    return {k: v for k, v in (("tasks", tasks), ("model", model)) if isinstance(v, str)}
 
 
 def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: str) -> dict[str, float]:

@@ -31,6 +31,7 @@ from .evaluation.task import Split
 from .loading import ModelBuilder
 from .merging import PreparedModel
 from .notation import StateDict, Tensors
+from .opening import open_run, require_same_inputs, targets
 from .progress import Progress, silent
 from .recipe import Recipe
 from .records import Calibration, CalibrationRow, Hyperparameters, StudyResult
@@ -127,19 +128,10 @@ def _open(
     result = load_result(path.parent)
     if "result" not in result.paths:
         raise StudyError(f"the study in {path.parent} is not finished", f"`bmm tune --resume {path.parent}` goes on")
-    named = {k: v for k, v in (("tasks", tasks), ("model", model)) if isinstance(v, str)}
-    recipe = Recipe.from_dict(result.recipe | keys | named | {"objective": "labels", "out": str(path.parent)})
-    run = Run(
-        recipe,
-        tasks=None if isinstance(tasks, str) else tasks,
-        model=None if isinstance(model, str) else model,
-        progress=progress,
-    )
+    again = keys | targets(tasks, model) | {"objective": "labels", "out": str(path.parent)}
+    run = open_run(Recipe.from_dict(result.recipe | again), tasks, model, progress)
     with StudyDatabase.open(path, readonly=True) as database:
-        if database.meta().get("inputs") != run.pool.fingerprint():
-            raise StudyError(
-                f"the checkpoints have changed since the study in {path.parent}", "put the original ones back"
-            )
+        require_same_inputs(database, run.pool.fingerprint())
     return result, run
 
 

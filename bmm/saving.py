@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, StudyError
+from .errors import RecipeError
 from .evaluation import Task
 from .loading import ModelBuilder
+from .opening import open_run, require_same_inputs, targets
 from .progress import Progress, silent
 from .recipe import Recipe
 from .records import Score, StudyResult, Trial
 from .report import study_card
-from .run import Run
 from .search.database import StudyDatabase
 from .statistics import anchor_needs
 from .tuning import load_result, study_file, write_model
@@ -50,20 +50,13 @@ def save(
         raise RecipeError(f"{changed[0]} cannot change: the trial is merged as it was", f"only {', '.join(KEYS)} can")
     result = load_result(study)
     chosen = _chosen(result, trial)
-    targets = {k: v for k, v in (("tasks", tasks), ("model", model)) if isinstance(v, str)}
     raw = {k: v for k, v in result.recipe.items() if k != "out"}
-    recipe = Recipe.from_dict({**raw, **keys, **targets}).relative_to(Path.cwd())
-    run = Run(
-        recipe,
-        tasks=None if isinstance(tasks, str) else tasks,
-        model=None if isinstance(model, str) else model,
-        progress=progress,
-        need_tasks=bool(anchor_needs(recipe.anchor)) or recipe.grams != "datafree",
-    )
+    recipe = Recipe.from_dict({**raw, **keys, **targets(tasks, model)}).relative_to(Path.cwd())
+    needs_tasks = bool(anchor_needs(recipe.anchor)) or recipe.grams != "datafree"
+    run = open_run(recipe, tasks, model, progress, need_tasks=needs_tasks)
     path = study_file(study)
     with StudyDatabase.open(path, readonly=True) as database:
-        if database.meta().get("inputs") != run.pool.fingerprint():
-            raise StudyError(f"the checkpoints have changed since the study {path} began", "put the original ones back")
+        require_same_inputs(database, run.pool.fingerprint())
     tensors = run.prepare().merge(chosen.hyperparameters)
     command = f"bmm save {path.parent} --trial {chosen.number} --out {Path(out).name}"
     card = study_card(_of_trial(result, chosen), recipe.to_yaml(), command)

@@ -15,6 +15,7 @@ from .evaluation import Task
 from .loading import ModelBuilder
 from .merging import PreparedModel
 from .notation import StateDict
+from .opening import require_same_inputs
 from .progress import Progress, silent, stopwatch
 from .recipe import Recipe, storage_dtype
 from .records import Hyperparameters, Score, StudyResult, Trial
@@ -96,11 +97,7 @@ def tune_recipe(
     )
     with database:
         if resume:
-            if database.meta().get("inputs") != inputs:
-                raise StudyError(
-                    f"the checkpoints have changed since the study in {out} began",
-                    "put the original ones back, or start a new study",
-                )
+            require_same_inputs(database, inputs, "put the original ones back, or start a new study")
             database.set_meta("recipe", recipe.to_dict())
         reference = database.meta().get("search", {}).get("reference")
         if reference is None:  # a resumed study keeps the very numbers it began with

@@ -24,6 +24,15 @@ def family(tmp_path_factory):
     return family_module.build(tmp_path_factory.mktemp("family") / "f")
 
 
+@pytest.fixture(scope="session")
+def study(family, tmp_path_factory):
+    """The result of a short study of the family; nobody writes to its folder."""
+    import bmm
+
+    out = tmp_path_factory.mktemp("study") / "run"
+    return bmm.tune(family.recipe(), anchor="task_arithmetic", engine="sobol", budget=8, out=str(out))
+
+
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's own cache."""

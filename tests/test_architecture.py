@@ -32,6 +32,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["loading", "statistics"],
     ["run"],
+    ["opening"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
     ["posterior"],

@@ -1,6 +1,6 @@
 """Measures the validation scores of many points of a real study: the table that `race.py` makes its problems of.
 
-    python benchmarks/search/collect.py                                    vit8, a pair a role: 12 parameters
+    python benchmarks/search/collect.py                                    vit8, a pair a role: 18 parameters
     python benchmarks/search/collect.py --zoo vit20 --groups bands --bands 2
 
 A third of the points is spread over the whole box, a sixth lies around the default, and half are mutations and

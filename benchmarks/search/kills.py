@@ -22,11 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bmm.errors import StudyError  # noqa: E402
 from bmm.records import Trial  # noqa: E402
-from bmm.search.database import StudyDatabase  # noqa: E402
 from bmm.search.engine import ENGINES, engine_row  # noqa: E402
-from tests.search.problem import outcomes  # noqa: E402
+from tests.search import problem  # noqa: E402
+from tests.search.problem import outcomes, rows_on_disk  # noqa: E402
 
 BUDGET = 16
 PAUSE = 0.05
@@ -37,7 +36,7 @@ SLOW = {"saasbo": 4}
 
 
 def start(path: Path, engine: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.search.problem", str(path), engine, str(BUDGET), str(PAUSE)]
+    command = problem.command(path, engine, BUDGET, PAUSE)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -49,25 +48,15 @@ def finish(path: Path, engine: str) -> list[Trial]:
     _, errors = process.communicate()
     if process.returncode or errors:
         raise SystemExit(f"{engine}: the study failed\n{errors}")
-    return rows(path)
-
-
-def rows(path: Path) -> list[Trial]:
-    try:
-        with StudyDatabase.open(path, readonly=True) as database:
-            return database.trials()
-    except StudyError as error:  # killed before the file was created or its tables committed
-        if "no study at" in error.message or "is not a study" in error.message:
-            return []
-        raise
+    return rows_on_disk(path)
 
 
 def kill(process: subprocess.Popen[str], path: Path, moment: random.Random, seconds: float) -> bool:
     """Kills the process at a random moment; False where it had ended by then."""
-    held = len(rows(path))
+    held = len(rows_on_disk(path))
     if moment.random() < 0.5 and held < BUDGET - 1:
         target = moment.randint(held + 1, min(held + 3, BUDGET - 1))
-        while process.poll() is None and len(rows(path)) < target:
+        while process.poll() is None and len(rows_on_disk(path)) < target:
             time.sleep(0.01)
         time.sleep(moment.uniform(0, 2 * seconds / BUDGET))
     else:
@@ -90,7 +79,7 @@ def check(engine: str, kills: int, seed: int, folder: Path) -> tuple[int, int, i
         studies += 1
         while landed < kills and kill(start(path, engine), path, moment, seconds):
             landed += 1
-            pending += any(row.status == "pending" for row in rows(path))
+            pending += any(row.status == "pending" for row in rows_on_disk(path))
         equal &= outcomes(finish(path, engine)) == whole
     return landed, pending, studies, equal
 

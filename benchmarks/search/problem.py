@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from bmm.records import Hyperparameters, Trial
 from bmm.search import gp
 from bmm.search.space import Parameter, Space
+from bmm.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 FIT_POINTS = 500
@@ -41,26 +41,16 @@ class Problem:
         others = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(shares)), best))
         chosen = np.concatenate([best, others[: FIT_POINTS - len(best)]])
         differences = gp.squared_differences(self.units[chosen])
-        self._models, self._noise = [], []
+        self._models = []
         for column in shares.T:
-            mean, deviation = column.mean(), column.std() or 1.0
-            standard = (column - mean) / deviation
+            standard, *_ = gp.standardised(column)  # (n,)
             hyper = gp.fit(differences, standard[chosen], iterations=60)
-            scaled = self.units / hyper.lengthscales
-            kernel = _kernel(scaled, scaled)
-            kernel[np.diag_indices_from(kernel)] += hyper.noise
-            alpha = cho_solve(cho_factor(kernel), standard - hyper.mean)
-            self._models.append((scaled, hyper, alpha, mean, deviation))
-            self._noise.append(math.sqrt(hyper.noise) * deviation)
+            self._models.append(Surrogate(self.units, column, hyper))
+        self._noise = np.array([model.noise for model in self._models])  # (T,)
 
     def smooth(self, unit: Array) -> Array:
         """Each task's share of its expert's score, without the noise: (T,)."""
-        found = []
-        for scaled, hyper, alpha, mean, deviation in self._models:
-            found.append(
-                mean + deviation * (hyper.mean + _kernel((unit / hyper.lengthscales)[None], scaled) @ alpha)[0]
-            )
-        return np.array(found)
+        return np.array([model.mean(unit[None])[0] for model in self._models])
 
     def scores(self, unit: Array) -> dict[str, float]:
         """What a trial at the point sees, by task."""
@@ -91,8 +81,3 @@ class Problem:
             for k in np.argsort(-self.objectives)[:starts]
         ]
         return -float(min(end.fun for end in ends))
-
-
-def _kernel(a: Array, b: Array) -> Array:
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    return np.exp(-0.5 * np.maximum(squares, 0))

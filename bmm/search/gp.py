@@ -36,6 +36,17 @@ def lengthscale_prior(d: int) -> tuple[float, float]:
     return math.sqrt(2) + 0.5 * math.log(d), math.sqrt(3)
 
 
+def standardised(y: Array) -> tuple[Array, Array, Array]:
+    """Outcomes (..., n) of mean 0 and standard deviation 1, their means and their deviations (..., 1).
+
+    What is constant (but for rounding) has the deviation 1, as has a single outcome.
+    """
+    means = y.mean(-1, keepdims=True)
+    deviations = y.std(-1, ddof=1, keepdims=True) if y.shape[-1] > 1 else np.ones_like(means)
+    deviations = np.where(deviations > 1e-12 * (1 + np.abs(means)), deviations, 1.0)
+    return (y - means) / deviations, means, deviations
+
+
 def squared_differences(x: Array) -> Array:
     """``(x[i, k] - x[j, k])^2`` for ``x`` of shape (n, d): ``(d, n, n)``."""
     return np.ascontiguousarray((x[:, None, :] - x[None, :, :]).transpose(2, 0, 1) ** 2)

@@ -102,8 +102,6 @@ class Stopper:
         before = [t for t in trials if t.number < trial.number and t.status == "completed"]
         if trial.kind != "search" or len(before) < MIN_TRIALS:
             return {task: float(found[task]) for task in found}, None
-        if wrong := sorted(found.keys() ^ self.coefficients.keys()):
-            raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         forecaster = Forecaster([t.scores for t in before], self.coefficients)
         leader = max(t.objective for t in before if t.objective is not None)
         scores: dict[str, float] = {}

@@ -45,10 +45,9 @@ def run_study(
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
     task's score of its own expert. The objective, maximised, is a mean over tasks of score / reference, weighted by
-    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`), and
-    ``objective_name`` what kind of scores they are. Trial 0 is the anchor
-    and trial 1 the default; both, and failed trials, count in the budget. Trials left pending by a killed run are
-    evaluated again under their number before anything else.
+    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`), ``objective_name``
+    what kind of scores they are. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
+    budget. Trials left pending by a killed run are evaluated again under their number before anything else.
 
     With ``early_stopping`` above zero a trial's tasks are read from the mapping one by one, in an order of its own,
     and the trial is stopped where the probability that it becomes the best falls below that value
@@ -131,14 +130,14 @@ def _evaluated(
     started = time.perf_counter()
     try:
         found = evaluate(trial.hyperparameters)
+        if wrong := sorted(found.keys() ^ goal.reference.keys()):
+            raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         if stopper is not None:
             found, forecast = stopper.scores(trial, trials, found)
             if forecast is not None:
                 seconds = time.perf_counter() - started
                 return replace(trial, status="stopped", scores=found, objective=forecast.mean, seconds=seconds)
         scores = {task: float(value) for task, value in found.items()}
-        if wrong := sorted(scores.keys() ^ goal.reference.keys()):
-            raise ValueError(f"scores and tasks do not agree on {', '.join(wrong)}")
         if bad := {task: value for task, value in scores.items() if not math.isfinite(value)}:
             raise ValueError(f"score not finite: {', '.join(f'{t} {v}' for t, v in sorted(bad.items()))}")
         value = goal.value(scores)

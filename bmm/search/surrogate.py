@@ -24,10 +24,8 @@ class Surrogate:
 
     def __init__(self, x: Array, y: Array, hyper: Hyper | None = None) -> None:
         self.x, self.y = x, y
-        deviation = float(y.std(ddof=1)) if len(y) > 1 else 0.0
-        self.centre = float(y.mean())
-        self.scale = deviation if deviation > 1e-12 * (1 + abs(self.centre)) else 1.0
-        standard = (y - self.centre) / self.scale  # (n,)
+        standard, centre, scale = gp.standardised(y)  # (n,), (1,), (1,)
+        self.centre, self.scale = float(centre[0]), float(scale[0])
         self.hyper = gp.fit(gp.squared_differences(x), standard) if hyper is None else hyper
         self.residual = standard - self.hyper.mean  # (n,)
         noisy = self.kernel(x, x) + self.hyper.noise * np.eye(len(x))

@@ -35,6 +35,22 @@ def outcomes(trials):
     return [(t.number, t.kind, t.status, t.hyperparameters, t.scores, t.objective, t.error) for t in trials]
 
 
+def command(path, engine, budget, pause):
+    """What runs or resumes a study in a process of its own, from the root of the repository."""
+    return [sys.executable, "-m", "tests.search.problem", str(path), engine, str(budget), str(pause)]
+
+
+def rows_on_disk(path):
+    """The rows of a study whose process may have been killed at any moment."""
+    try:
+        with StudyDatabase.open(path, readonly=True) as database:
+            return database.trials()
+    except StudyError as error:  # killed before the file was created or its tables committed
+        if "no study at" in error.message or "is not a study" in error.message:
+            return []
+        raise
+
+
 def main(path, engine, budget, pause):
     def slowly(hyperparameters):
         print("evaluating", flush=True)

@@ -2,22 +2,21 @@
 
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from bmm.errors import StudyError
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import ENGINES
 from tests.search import problem
+from tests.search.problem import rows_on_disk
 
 ROOT = Path(__file__).parents[2]
 
 
 def start(path, engine, budget, pause):
-    command = [sys.executable, "-m", "tests.search.problem", str(path), engine, str(budget), str(pause)]
+    command = problem.command(path, engine, budget, pause)
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -27,16 +26,6 @@ def finish(path, engine, budget):
     assert (process.returncode, errors) == (0, "")
     with StudyDatabase.open(path, readonly=True) as database:
         return database.trials(), database.notices()
-
-
-def rows(path):
-    try:
-        with StudyDatabase.open(path, readonly=True) as database:
-            return database.trials()
-    except StudyError as error:  # killed before the file was created or its tables committed
-        if "no study at" in error.message or "is not a study" in error.message:
-            return []
-        raise
 
 
 def kill(process):
@@ -60,10 +49,10 @@ def test_twenty_two_kills_of_a_sobol_study(tmp_path):
             assert process.stdout.readline() == "evaluating\n"
             time.sleep(random_moment.uniform(0, 0.05))
         kills += kill(process)
-        pending += any(t.status == "pending" for t in rows(path))
+        pending += any(t.status == "pending" for t in rows_on_disk(path))
     assert kills >= 20
     assert pending >= 3  # some were hit between the two commits of a trial
-    assert len(rows(path)) < budget
+    assert len(rows_on_disk(path)) < budget
     resumed, _ = finish(path, "sobol", budget)
     assert problem.outcomes(resumed) == problem.outcomes(whole)
 
@@ -78,13 +67,13 @@ def test_kills_of_a_model_based_study(engine, tmp_path):
     for target in (8, 9, 10, 11):  # in the model-based part: while suggesting, committing or evaluating a trial
         process = start(path, engine, budget, 0.3)
         deadline = time.monotonic() + 120
-        while len(rows(path)) < target:
+        while len(rows_on_disk(path)) < target:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(random_moment.uniform(0, 0.8))
         assert kill(process)
-    assert len(rows(path)) <= budget
+    assert len(rows_on_disk(path)) <= budget
     resumed, notices = finish(path, engine, budget)
     assert problem.outcomes(resumed) == problem.outcomes(whole)
     assert not notices

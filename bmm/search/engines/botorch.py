@@ -56,7 +56,7 @@ class BotorchEngine(ModelEngine):
         if self.goal is not None:
             early = len(scored) < TASK_MODEL_TRIALS
             found = goals.acquisition(self.goal, x, scored, pending, by_task=early, seed=self.stream(number))
-            return self._best(number, found, np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])]))
+            return self._best(number, found, self._cube())
         model = self.model(number, x, scored)
         box = self.box(model, x, rows)
         found = qLogNoisyExpectedImprovement(model, torch.from_numpy(x), prune_baseline=True, X_pending=pending)
@@ -68,7 +68,10 @@ class BotorchEngine(ModelEngine):
 
     def box(self, model: Any, x: Array, rows: Sequence[Trial]) -> Array:
         """Where the next point is looked for, lowest and highest corner: (2, d). ``rows`` are all there are."""
-        return np.stack([np.zeros(x.shape[1]), np.ones(x.shape[1])])
+        return self._cube()
+
+    def _cube(self) -> Array:
+        return np.stack([np.zeros(len(self.space)), np.ones(len(self.space))])
 
     def _best(self, number: int, acquisition: Any, box: Array) -> UnitPoint:
         """The point of the box with the highest value: (d,)."""

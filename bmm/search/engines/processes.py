@@ -38,11 +38,9 @@ def processes_class() -> Any:
         def __init__(self, x: Array, outcomes: Array) -> None:
             super().__init__()
             differences = gp.squared_differences(x)
-            means, deviations = outcomes.mean(1), outcomes.std(1, ddof=1) if len(x) > 1 else np.ones(len(outcomes))
-            deviations = np.where(deviations > 1e-12 * (1 + np.abs(means)), deviations, 1.0)
-            standard = (outcomes - means[:, None]) / deviations[:, None]  # (m, n)
+            standard, means, deviations = gp.standardised(outcomes)  # (m, n), (m, 1), (m, 1)
             fits = [gp.fit(differences, y) for y in standard]
-            self.means, self.deviations = torch.from_numpy(means), torch.from_numpy(deviations)  # (m,)
+            self.means, self.deviations = torch.from_numpy(means[:, 0]), torch.from_numpy(deviations[:, 0])  # (m,)
             self.constants = torch.tensor([f.mean for f in fits])  # (m,), single precision is enough
             self.inverse = torch.from_numpy(np.stack([1 / f.lengthscales for f in fits]))[:, None, :]  # (m, 1, d)
             self.scaled = torch.from_numpy(x) * self.inverse  # (m, n, d)

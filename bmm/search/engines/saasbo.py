@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bmm.records import Trial
+from bmm.search import gp
 from bmm.search.engines.botorch import Array, BotorchEngine
 
 WARMUP, SAMPLES, THINNING = 128, 128, 8
@@ -35,9 +36,7 @@ class SaasboEngine(BotorchEngine):
         from botorch.fit import fit_fully_bayesian_model_nuts
         from botorch.models.fully_bayesian import SaasFullyBayesianSingleTaskGP
 
-        y = np.array([row.objective for row in rows], dtype=np.float64)  # (n,)
-        spread = y.std(ddof=1) if len(y) > 1 else 0.0
-        standard = (y - y.mean()) / (spread if spread > 1e-12 * (1 + abs(y.mean())) else 1.0)
+        standard, *_ = gp.standardised(np.array([row.objective for row in rows], dtype=np.float64))  # (n,)
         with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
             model = SaasFullyBayesianSingleTaskGP(torch.from_numpy(x), torch.from_numpy(standard)[:, None])
             fit_fully_bayesian_model_nuts(
