@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WriteError
 from ..linalg import all_finite
 from .atomic import atomic_folder, destination, sync, writing
-from .formats import SUPPORTED, as_bytes, reason, some
+from .formats import SUPPORTED, TensorInfo, some
 from .reader import Checkpoint
+from .shards import Shards
 from .tied import union
 
 MAX_SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 
 
 def write_checkpoint(
@@ -40,9 +37,10 @@ def write_checkpoint(
 
     Args:
         folder: the folder to make. It is written beside its place and renamed there as the last step.
-        tensors: name and tensor, taken one after the other; no more than one shard of them is held in memory.
+        tensors: name and tensor, taken one after the other. With ``like`` each is written as it comes and none is
+            held; without, no more than one shard of them.
         like: the checkpoint whose names, shapes, dtypes and side files (config, tokenizer, ...) the result takes. Every
-            name of it must be given; further names are written too.
+            name of it must be given; further names are written too, to a shard of their own.
         dtypes: one dtype for all floating tensors, or dtypes by name; ``like``'s, else the tensor's own, for the rest.
             Where the floating tensors all get one dtype, config.json is made to say so.
         tied: groups of names that are one parameter, in addition to ``like.tied``. One name of a group is enough; the
@@ -51,7 +49,7 @@ def write_checkpoint(
         max_shard_bytes: one ``model.safetensors`` up to this size, else numbered shards and an index.
         extra_files: further files (a model card, a recipe) by name; they replace side files of the same name.
         overwrite: replace an existing folder of model files, at the end, when the new one is complete.
-        owned: nobody else uses the tensors: those that need no other dtype are held as they come, without a copy.
+        owned: nobody else uses the tensors: where they are held, it is without a copy.
 
     Raises `WriteError`, and leaves nothing behind, where the folder is taken or cannot be written, a value does not fit
     its dtype (float16 ends at 65504), is NaN or Inf, or names are missing or given twice. Errors of the ``tensors``
@@ -66,15 +64,21 @@ def write_checkpoint(
     target = destination(folder, overwrite, (like.path,) if like is not None else ())
     ties = {n: group for group in union([*tied, *(like.tied if like is not None else ())]) for n in group}
     with atomic_folder(target, overwrite) as temporary:
-        shards = _Shards(temporary, target, max_shard_bytes)
-        for name, tensor in _named(tensors):
-            _check_shape(name, tensor, like)
-            cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes), copy=not owned)
-            shards.add(name, cast, ties.get(name, ()), _stored_names(name, ties.get(name, ()), like))
-        missing = [name for name in like.names if name not in shards] if like is not None else []
-        if missing:
-            raise WriteError(f"{len(missing)} tensors of {like} were not given: {some(missing)}", "give every tensor")
-        shards.finish()
+        shards = Shards(temporary, target, max_shard_bytes, _plan(like, dtypes) if like is not None else {})
+        try:
+            for name, tensor in _named(tensors):
+                _check_shape(name, tensor, like)
+                copy = not owned and name not in shards.plan  # what is written at once needs none
+                cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes), copy)
+                shards.add(name, cast, ties.get(name, ()), _stored_names(name, ties.get(name, ()), like))
+            missing = [name for name in like.names if name not in shards] if like is not None else []
+            if missing:
+                raise WriteError(
+                    f"{len(missing)} tensors of {like} were not given: {some(missing)}", "give every tensor"
+                )
+            shards.finish()
+        finally:
+            shards.close()
         if like is not None:
             with writing(target):
                 _copy_side_files(like, temporary, shards.floating_dtypes)
@@ -84,90 +88,6 @@ def write_checkpoint(
     return target
 
 
-class _Shards:
-    """Collects tensors until a shard is full, then writes it; names the files when their number is known."""
-
-    def __init__(self, temporary: Path, target: Path, max_bytes: int) -> None:
-        self.temporary = temporary
-        self.target = target
-        self.max_bytes = max_bytes
-        self.floating_dtypes: set[torch.dtype] = set()
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shard_of: dict[str, int] = {}
-        self._shards = 0
-        self._given: set[str] = set()
-        self._first: dict[tuple[str, ...], tuple[str, bytes]] = {}  # tied group -> the first name given, its digest
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shard_of or name in self._pending
-
-    def add(self, name: str, tensor: Tensor, group: tuple[str, ...], stored_names: tuple[str, ...]) -> None:
-        """Store a tensor under all of ``stored_names``, or find it equal to the one already given for its ``group``."""
-        if name in self._given:
-            raise WriteError(f"tensor {name!r} was given twice", "give every tensor once")
-        self._given.add(name)
-        if group:
-            digest = hashlib.sha256(as_bytes(tensor)).digest()
-            first, expected = self._first.setdefault(group, (name, digest))
-            if digest != expected:
-                raise WriteError(f"{first!r} and {name!r} are tied but differ", "give one of them, or untie them")
-            if first != name:
-                return
-        for number, stored in enumerate(stored_names):
-            self._store(stored, tensor.clone() if number else tensor)
-
-    def finish(self) -> None:
-        """Write what is pending and give the files their final names."""
-        self._flush()
-        if not self._shards:
-            raise WriteError(f"{self.target}: no tensors to write", "")
-        final = [
-            "model.safetensors" if self._shards == 1 else f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
-            for number in range(self._shards)
-        ]
-        with writing(self.target):
-            for number, file_name in enumerate(final):
-                self._path(number).rename(self.temporary / file_name)
-            if self._shards > 1:
-                weight_map = {name: final[number] for name, number in sorted(self._shard_of.items())}
-                index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-                _write(self.temporary / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-
-    def _store(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.itemsize
-        if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        if tensor.is_floating_point():
-            self.floating_dtypes.add(tensor.dtype)
-        self._pending[name] = tensor
-        self._pending_bytes += size
-        self._total_bytes += size
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        path = self._path(self._shards)
-        with writing(self.target):
-            path.touch()  # the library's own file would be the owner's alone
-            mode = path.stat().st_mode
-            try:
-                save_file(self._pending, path, metadata={"format": "pt"})
-            except SafetensorError as error:  # the library wraps what the operating system said
-                raise WriteError(
-                    f"{self.target}: cannot be written ({reason(error)})", "check the space left and its rights"
-                ) from error
-            path.chmod(mode & 0o777)
-            sync(path)
-        self._shard_of |= dict.fromkeys(self._pending, self._shards)
-        self._shards += 1
-        self._pending, self._pending_bytes = {}, 0
-
-    def _path(self, number: int) -> Path:
-        return self.temporary / f"shard-{number:05d}.unfinished"
-
-
 def _named(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     yield from tensors.items() if isinstance(tensors, Mapping) else tensors
 
@@ -175,6 +95,19 @@ def _named(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iter
 def _stored_names(name: str, group: tuple[str, ...], like: Checkpoint | None) -> tuple[str, ...]:
     """The names under which a member of a tied group is stored."""
     return tuple(member for member in group if like is None or member in like) or (name,)
+
+
+def _plan(like: Checkpoint, dtypes: Mapping[str, torch.dtype] | torch.dtype | None) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor to be written, in ``like``'s order."""
+    plan = {}
+    for name in like.names:
+        dtype = like.info(name).dtype
+        if isinstance(dtypes, torch.dtype):
+            dtype = dtypes if dtype.is_floating_point else dtype
+        elif dtypes is not None:
+            dtype = dtypes.get(name, dtype)
+        plan[name] = TensorInfo(like.info(name).shape, dtype)
+    return plan
 
 
 def _dtype(

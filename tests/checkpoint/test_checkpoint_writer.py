@@ -1,12 +1,15 @@
 """Writing checkpoints: round trips, dtypes, ties, atomicity under kills and failures, transformers."""
 
+import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -109,6 +112,66 @@ def test_views_strides_and_reused_buffers_are_written_as_they_were_when_given(tm
     found = open_checkpoint(write_checkpoint(tmp_path / "out", stream()))
     assert [found[n].unique().tolist() for n in found.names] == [[0.0], [1.0], [2.0]]
     assert found["t2"].shape == (3, 2)
+
+
+# planned places
+
+
+def test_a_planned_file_is_what_the_safetensors_library_writes(tmp_path):
+    like = original(tmp_path / "base")
+    out = write_checkpoint(tmp_path / "out", reversed(list(tensors().items())), like=like)
+    save_file(tensors(), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [1, 100, 130, 200])
+def test_planned_shards_keep_to_their_size_in_any_order(tmp_path, limit):
+    like = original(tmp_path / "base")
+    out = write_checkpoint(tmp_path / "out", sorted(tensors().items()), like=like, max_shard_bytes=limit)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    for shard in set(index["weight_map"].values()):
+        held = load_file(out / shard)
+        assert len(held) == 1 or sum(t.numel() * t.itemsize for t in held.values()) <= limit
+    found = open_checkpoint(out)
+    assert index["metadata"]["total_size"] == found.nbytes
+    assert found.fingerprint() == like.fingerprint()
+
+
+def test_no_tensor_is_held_where_places_are_planned(tmp_path):
+    like = original(tmp_path / "base")
+    alive = []
+
+    def stream():
+        for name in like:
+            gc.collect()
+            tensor = like[name]
+            assert [r for r in alive[:-1] if r() is not None] == []
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    assert open_checkpoint(write_checkpoint(tmp_path / "out", stream(), like=like, owned=True))
+
+
+def test_names_beyond_the_plan_get_a_shard_of_their_own(tmp_path):
+    like = original(tmp_path / "base")
+    out = write_checkpoint(tmp_path / "out", {"head": torch.ones(3), **tensors()}, like=like)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.pop("head") == "model-00002-of-00002.safetensors"
+    assert set(index.values()) == {"model-00001-of-00002.safetensors"}
+    assert torch.equal(open_checkpoint(out)["head"], torch.ones(3))
+
+
+def test_a_disk_without_room_is_refused_before_any_tensor_is_made(tmp_path, monkeypatch):
+    like = original(tmp_path / "base")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=like.nbytes))  # no room for the header
+
+    def stream():
+        raise AssertionError("asked for a tensor")
+        yield
+
+    refused(tmp_path, "needs 0.00 GiB", stream(), like=like)
 
 
 # dtypes
@@ -278,9 +341,12 @@ def test_a_temporary_folder_that_vanishes_is_an_error(tmp_path):
 def test_a_full_disk_is_a_write_error_and_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes past the limit then fail as on a full disk
+    large = {"a": torch.ones(1), "b": torch.ones(5000)}
+    like = original(tmp_path / "base", large)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        refused(tmp_path, r"out: cannot be written \(.*[Tt]oo large", {"a": torch.ones(1), "b": torch.ones(5000)})
+        refused(tmp_path, r"out: cannot be written \(.*[Tt]oo large", large)
+        refused(tmp_path, r"out: cannot be written \(.*[Tt]oo large", large, like=like)
         refused(tmp_path, "too large", {"a": torch.ones(1)}, extra_files={"README.md": "x" * 20_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
