@@ -5,14 +5,16 @@ Every function takes a `Recipe`, or the recipe's keys as keyword arguments, or b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool, open_checkpoint
-from .errors import MergeError, RecipeError, StudyError, did_you_mean
+from .errors import RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
@@ -25,13 +27,14 @@ from .rebasin import Aligner, Alignment, Options, Spec
 from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult
 from .report import merge_card
-from .saving import save
+from .saving import merged_trial, save
 from .search.database import StudyDatabase
 from .search.goal import Goal
 from .search.space import Space
 from .statistics import anchor_needs
 from .trajectory import average
-from .tuning import OnTrial, load_result, study_file, tune_recipe, write_model
+from .tuning import OnTrial, load_result, study_file, tune_recipe
+from .writing import streamed_merge, write_stream
 
 
 def make_recipe(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **keys: Any) -> Recipe:
@@ -114,7 +117,7 @@ def merge(
     Args:
         lam, rho: BMM with these hyperparameters, one number for all groups or one a group. Without ``lam`` and
             ``study`` the anchor method itself is the merge, streamed tensor by tensor.
-        study, trial: merge as in this trial of a study (default: its best).
+        study, trial: merge as in this trial of a study (default: its best); see `save`.
         out: write a checkpoint there and return its path; otherwise return the tensors (float32).
         masks: with ``out`` and the anchor emr or consensus_ta: write the unified model, and next to it a mask a task,
             from which `reconstruct` makes each task's own model.
@@ -122,19 +125,18 @@ def merge(
     Raises:
         RecipeError, CheckpointError, GramError, MergeError, StudyError, WriteError: see `bmm.errors`.
     """
-    point: Hyperparameters | None = None
+    if masks and (lam is not None or study is not None or out is None):
+        raise RecipeError("masks go with a plain merge that is written", "drop lam and study, and give out")
     if study is not None:
-        result = load_result(study)
-        rows = {t.number: t for t in result.trials}
-        if trial is not None and trial not in rows:
-            raise RecipeError(f"no trial {trial} in {study}", f"trials 0 to {max(rows)}")
-        point = (result.best if trial is None else rows[trial]).hyperparameters
-        recipe = {k: v for k, v in result.recipe.items() if k != "out"}
+        if recipe is not None or lam is not None:
+            raise RecipeError("a study brings its own recipe and hyperparameters", "drop the recipe and lam")
+        if out is not None:
+            return save(study, trial, out=out, overwrite=overwrite, tasks=tasks, model=model, progress=progress, **keys)
+        run, tensors, _ = merged_trial(study, trial, tasks=tasks, model=model, progress=progress, **keys)
+        return run.pool.with_ties(tensors)
     chosen = make_recipe(recipe, **keys, **targets(tasks, model)).relative_to(Path.cwd())
-    plain = point is None and lam is None
-    if masks:
-        if not plain or out is None:
-            raise RecipeError("masks go with a plain merge that is written", "drop lam and study, and give out")
+    plain = lam is None
+    if masks and out is not None:
         return merge_masked(chosen, Path(out), overwrite, progress)
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
@@ -142,14 +144,15 @@ def merge(
     run = open_run(chosen, tasks, model, progress, need_tasks=needs_tasks)
     if plain:
         return run.pool.with_ties(run.anchor(strict=True))
-    prepared = run.prepare()
-    point = point or Hyperparameters(_spread(lam, prepared.groups, "lam"), _spread(rho, prepared.groups, "rho"))
-    tensors = prepared.merge(point)
+    streamed, anchor = streamed_merge(run)
+    at = Hyperparameters(_spread(lam, streamed.groups, "lam"), _spread(rho, streamed.groups, "rho"))
     if out is None:
-        return run.pool.with_ties(tensors)
-    extra = ", ".join(f"{name} {value}" for name, value in point.to_json().items())
-    card = merge_card(f"anchor `{chosen.anchor}`, {extra}", chosen.to_dict(), chosen.to_yaml(), "bmm merge")
-    return write_model(run, tensors, Path(out), card, overwrite=overwrite)
+        return run.pool.with_ties(dict(streamed.at(at, anchor(()))))
+    text = ", ".join(f"{name} {value}" for name, value in at.to_json().items())
+    card = merge_card(f"anchor `{chosen.anchor}`, {text}", chosen.to_dict(), chosen.to_yaml(), "bmm merge")
+    return write_stream(
+        run, lambda done: streamed.at(at, anchor(done), done), Path(out), card, overwrite=overwrite, point=at
+    )
 
 
 def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: Any, progress: Progress) -> Path:
@@ -158,26 +161,19 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
     run = open_run(
         recipe, tasks, model, progress, need_tasks=needs_tasks, check=needs_tasks or recipe.anchor.startswith("path:")
     )
-    total = len(run.pool.names)
     card = merge_card(
         f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),
         recipe.to_dict(),
         recipe.to_yaml(),
         f"bmm merge --recipe bmm_recipe.yaml --out {out.name}",
     )
-    if recipe.anchor.startswith("path:"):
-        return write_model(run, run.anchor(), out, card, overwrite=overwrite)
 
-    def counted() -> Any:
-        try:
-            for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, strict=True)):
-                yield pair
-                progress("merge", done + 1, total, pair[0])
-        except MergeError:
-            run.pool.check_finite()  # NaN and Inf are found while merging: say which checkpoint holds them
-            raise
+    def merged(done: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        if recipe.anchor.startswith("path:"):
+            return run.anchor_pairs(done=done)
+        return run.anchor_stream(recipe.anchor, recipe.knobs, strict=True, done=done)
 
-    return write_model(run, counted(), out, card, overwrite=overwrite)
+    return write_stream(run, merged, out, card, overwrite=overwrite)
 
 
 def evaluate(

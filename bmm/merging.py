@@ -5,7 +5,7 @@ Left of this file things run once (checkpoints, anchor, Grams, decompositions); 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -170,10 +170,23 @@ def matrix_layouts(pool: ModelPool, task_grams: Sequence[TaskGrams] | None) -> d
     }
 
 
-def anchor_grams(task_grams: Sequence[TaskGrams]) -> dict[str, list[Tensor]]:
-    """Data Grams by weight name as the statistics-based anchors take them."""
-    names = {name for grams in task_grams for name in grams.key_of}
-    return {n: [g.for_weight(n) for g in task_grams] for n in names if all(n in g.key_of for g in task_grams)}
+class AnchorGrams(Mapping[str, list[Tensor]]):
+    """Data Grams by weight name as the statistics-based anchors take them, read where they are asked for."""
+
+    def __init__(self, task_grams: Sequence[TaskGrams]) -> None:
+        self._tasks = task_grams
+        self._names = sorted(set[str].intersection(*({*g.key_of} for g in task_grams)))
+
+    def __getitem__(self, name: str) -> list[Tensor]:
+        if name not in self._names:
+            raise KeyError(name)
+        return [g.for_weight(name) for g in self._tasks]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def prepare_model(
@@ -227,7 +240,7 @@ def prepare_model(
     spectra: dict[tuple[str, ...], tuple[Spectrum, InputGrams | None]] = {}
     slots = []
     for done, (name, layout) in enumerate(sorted(layouts.items())):
-        joined = _bias_of(name, data) if data and bias == "joined" else ""
+        joined = bias_of(name, data) if data and bias == "joined" else ""
         w0, experts, wa = _stored(pool, anchor, name, joined, layout)
         # One decomposition for the modules that read the same input, unless their Grams depend on the weight.
         key = tuple(g.key_of.get(name, "") for g in data) if data and source == "data" else (name,)
@@ -287,7 +300,8 @@ def _norm_slot(
     return Slot(name, bias, "norm", group, prepared, evidence)
 
 
-def _bias_of(name: str, data: Sequence[TaskGrams]) -> str:
+def bias_of(name: str, data: Sequence[TaskGrams]) -> str:
+    """The bias that is solved with a weight, by all tasks' Grams, or an empty name."""
     biases = {g.bias_of.get(name, "") for g in data if name in g.key_of and g.has_bias[g.key_of[name]]}
     return biases.pop() if len(biases) == 1 else ""
 
@@ -295,28 +309,37 @@ def _bias_of(name: str, data: Sequence[TaskGrams]) -> str:
 def _parts(
     name: str, taus: Tensor, data: Sequence[TaskGrams] | None, source: str, joined: bool, cut: bool
 ) -> list[list[Tensor]]:
-    """The T Grams of one module, or of hybrid ones the data and the data-free part; zero for a task that never ran it.
+    """The T Grams of one module, or of hybrid ones the data and the data-free part; see `task_parts`."""
+    grams = data if data is not None and source != "datafree" else [None] * len(taus)
+    found = [task_parts(name, tau, g, source, joined, cut) for tau, g in zip(taus, grams, strict=True)]
+    return [list(part) for part in zip(*found, strict=True)]
 
-    ``cut`` leaves out the bias coordinate of the data Grams.
+
+def task_parts(
+    name: str,
+    tau: Tensor,
+    grams: TaskGrams | None,
+    source: str,
+    joined: bool,
+    cut: bool,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """One task's Gram of one module, or of a hybrid one the data and the data-free part; zero where it never ran.
+
+    ``cut`` leaves out the bias coordinate of the data Gram; ``dtype`` is the data-free Gram's, see `datafree`.
     """
     if source == "datafree":
-        return [[datafree(tau) for tau in taus]]
-    assert data is not None
-    width = taus.shape[-1]
-    zero = torch.zeros(width, width, dtype=torch.float64)
-    seen = []
-    for grams in data:
-        gram = grams.for_weight(name) if name in grams.key_of else zero
-        if cut and name in grams.key_of and grams.has_bias[grams.key_of[name]]:
-            gram = gram[:-1, :-1]
-        if gram.shape != zero.shape:
-            raise GramError(
-                f"{name}: Gram of shape {tuple(gram.shape)} for {width} inputs{' with bias' if joined else ''}",
-                "these Grams belong to another model: collect them again",
-            )
-        seen.append(gram)
-    if source == "data":
-        return [seen]
-    free = [datafree(tau[:, :-1] if joined else tau) for tau in taus]
-    pairs = [hybrid_parts(*pair) for pair in zip(seen, free, strict=True)]
-    return [[data_part for data_part, _ in pairs], [free_part for _, free_part in pairs]]
+        return [datafree(tau, dtype)]
+    assert grams is not None
+    width = tau.shape[-1]
+    seen = torch.zeros(width, width, dtype=torch.float64)
+    if name in grams.key_of:
+        seen = grams.for_weight(name)
+        if cut and grams.has_bias[grams.key_of[name]]:
+            seen = seen[:-1, :-1]
+    if seen.shape != (width, width):
+        raise GramError(
+            f"{name}: Gram of shape {tuple(seen.shape)} for {width} inputs{' with bias' if joined else ''}",
+            "these Grams belong to another model: collect them again",
+        )
+    return [seen] if source == "data" else list(hybrid_parts(seen, datafree(tau[:, :-1] if joined else tau, dtype)))

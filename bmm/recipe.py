@@ -128,6 +128,12 @@ class Recipe:
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")
     autocast: str = _key("none", "Mixed precision of evaluation.", choices=AUTOCASTS)
     batch_size: int = _key(64, "Inputs a batch while Grams and Fishers are collected.", low=1)
+    max_memory: float = _key(
+        0.0,
+        "Memory for matrices, in GiB: Grams are collected in parts that fit, and a merge whose largest module does not "
+        "fit is refused before it starts; 0: no limit.",
+        low=0,
+    )
     dtype: str = _key("same", "Storage type of the merged checkpoint; same as the base's by default.", choices=DTYPES)
     shard_gib: float = _key(4.0, "Largest shard of the merged checkpoint, in GiB.", low=0.000001)
     cache: str = _key("", "Folder for cached Grams and Fishers (default: $BMM_CACHE, else ~/.cache/bmm).")

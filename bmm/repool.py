@@ -46,6 +46,21 @@ class Mix:
         pairs = zip((*self.weights, self.gamma), (*other.weights, other.gamma), strict=True)
         return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
 
+    def shares(self, parts: int) -> tuple[float, ...]:
+        """What each part of a task's Gram counts: of one all, of two the data's 1 - gamma and the data-free gamma."""
+        return (1.0,) if parts == 1 else (1 - self.gamma, self.gamma)
+
+
+def task_scales(
+    traces: Sequence[float], shares: Sequence[float], weight: float, dim: int, normalise: str
+) -> list[float]:
+    """The factor in the pooled Gram of every part of one task's Gram (dim, dim), given the parts' traces; the
+    normalisation is that of `decompose`."""
+    trace = sum(share * part for share, part in zip(shares, traces, strict=True))
+    scale = dim / trace if normalise == "trace" and trace > 0 else 1.0
+    factor = weight * scale if trace > 0 and math.isfinite(scale) else 0.0
+    return [factor * share for share in shares]
+
 
 @dataclass(eq=False)
 class InputGrams:
@@ -64,17 +79,14 @@ class InputGrams:
 
     def scales(self, mix: Mix) -> list[list[float]]:
         """The factor of every part and task in the pooled Gram; the normalisation is that of `decompose`."""
-        shares = (1.0,) if len(self.parts) == 1 else (1 - mix.gamma, mix.gamma)
+        shares = mix.shares(len(self.parts))
         dim = self.parts[0][0].shape[-1]
         weights = task_weights(mix.weights, len(self.parts[0]), self.name)
-        out: list[list[float]] = [[] for _ in shares]
-        for t, weight in enumerate(weights):
-            trace = sum(share * part[t] for share, part in zip(shares, self.traces, strict=True))
-            scale = dim / trace if self.normalise == "trace" and trace > 0 else 1.0
-            factor = weight * scale if trace > 0 and math.isfinite(scale) else 0.0
-            for p, share in enumerate(shares):
-                out[p].append(factor * share)
-        return out
+        columns = [
+            task_scales([part[t] for part in self.traces], shares, weight, dim, self.normalise)
+            for t, weight in enumerate(weights)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def pooled(self, mix: Mix, like: Tensor) -> tuple[Tensor, float]:
         """The pooled Gram (i, i), in dtype and on the device of ``like``, and its noise level."""
@@ -86,6 +98,27 @@ class InputGrams:
                     total.add_(gram.to(total), alpha=scale)
                     eps = max(eps, torch.finfo(gram.dtype).eps)
         return total, noise_level(total, eps)
+
+
+def factorised(gram: Tensor, noise: float, lam: float) -> Tensor | None:
+    """The Cholesky factor of ``(G + lam I) / max(lam, 1)`` (i, i); None where rounding would count as evidence."""
+    unit = max(lam, 1.0)  # the division keeps any finite lam in range
+    shifted = gram / unit  # (i, i)
+    shifted.diagonal().add_(lam / unit)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    return factor if lam > SAFE_RATIO * noise and int(failed) == 0 else None
+
+
+def posterior_update(target: Tensor, d: Tensor, lam: float, factor: Tensor) -> Tensor:
+    """``(target + lam d) (G + lam I)^-1`` (o, i), by the factor of `factorised`."""
+    unit = max(lam, 1.0)
+    return torch.cholesky_solve((target / unit + (lam / unit) * d).mT, factor).mT
+
+
+def spectrum_of(pooled: Tensor, noise: float, normalise: str, name: str) -> Spectrum:
+    """The decomposition of a pooled Gram (i, i), where its tasks' Grams are gone."""
+    eigenvalues, basis = directions(pooled, noise, name)
+    return Spectrum(eigenvalues, basis, (), (), (), normalise)
 
 
 class Trial:
@@ -103,14 +136,11 @@ class Trial:
         return self._pooled[source]
 
     def factor(self, source: InputGrams, lam: float, like: Tensor) -> Tensor | None:
-        """The Cholesky factor of ``(G + lam I) / max(lam, 1)``; None where rounding would count as evidence."""
+        """`factorised`, once a trial."""
         key = (source, lam)
         if key not in self._factors:
             gram, noise = self.pooled(source, like)
-            unit = max(lam, 1.0)  # the division keeps any finite lam in range
-            shifted = gram / unit + (lam / unit) * torch.eye(len(gram)).to(gram)  # (i, i)
-            factor, failed = torch.linalg.cholesky_ex(shifted)
-            self._factors[key] = factor if lam > SAFE_RATIO * noise and int(failed) == 0 else None
+            self._factors[key] = factorised(gram, noise, lam)
         return self._factors[key]
 
 
@@ -143,9 +173,7 @@ class ModuleEvidence:
         if factor is None:
             return self._spectral(target, *trial.pooled(self.source, target)).merge(lam, rho, anchor_scale)
         d = module.anchor.to(target) - module.w0.to(target)  # (o, i)
-        unit = max(lam, 1.0)
-        right = target / unit + (lam / unit * anchor_scale) * d  # (o, i)
-        return module.assemble(torch.cholesky_solve(right.mT, factor).mT, rho)
+        return module.assemble(posterior_update(target, anchor_scale * d, lam, factor), rho)
 
     def spectral(self, mix: Mix) -> PreparedModule:
         """The module decomposed anew at this mix, for whatever needs more than the mean."""
@@ -162,8 +190,7 @@ class ModuleEvidence:
 
     def _spectral(self, target: Tensor, pooled: Tensor, noise: float) -> PreparedModule:
         module = self.prepared
-        eigenvalues, basis = directions(pooled, noise, module.name)
-        spectrum = Spectrum(eigenvalues, basis, (), (), (), self.source.normalise)
+        spectrum = spectrum_of(pooled, noise, self.source.normalise, module.name)
         solved = from_target(module.w0, module.anchor, target, spectrum, module.name)
         return replace(solved, shape=module.shape, dtype=module.dtype)
 

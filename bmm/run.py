@@ -5,31 +5,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import anchors, zoo
-from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
-from .errors import RecipeError, WriteError
-from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, swapped
+from .checkpoint import ModelPool, open_checkpoint
+from .errors import RecipeError
+from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks
 from .evaluation.outputs import SteadyBatches, task_outputs
-from .evaluation.task import to_device
-from .grams import GramStore, TaskGrams, collect, fingerprint
-from .grams.store import flat, source_of
+from .grams import GramStore, TaskGrams
 from .loading import ModelBuilder, build_model, find_device, with_groups
-from .merging import PreparedModel, anchor_grams, prepare_model
+from .merging import AnchorGrams, PreparedModel, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
 from .recipe import Recipe, load_function
 from .records import Score
 from .search.goal import Goal, check_names
 from .sequential import MergedInputs
-from .statistics import Fishers, anchor_needs, cache_folder
+from .statistics import Fishers, GramCollector, anchor_needs, cache_folder
 
 T = TypeVar("T")
 
@@ -115,29 +112,14 @@ class Run:
 
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
-        store = GramStore(cache_folder(self.recipe) / "grams")
-        norms = self.recipe.norms == "regression"
-        skeleton = self.skeleton
-        names = {self._in_model.get(n, n) for n in self.pool.float_names}
+        skeleton, folder = self.skeleton, cache_folder(self.recipe)
+        collector = GramCollector(self.recipe, skeleton, self.pool.float_names, self._in_model, folder, self.device)
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
-            batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
-            settings: dict[str, Any] = {"code": source_of(task.forward), "model": source_of(skeleton)}
-            if norms:
-                settings["norms"] = True
-            key = fingerprint(fingerprint_of(expert), flat(batches), settings)
-            grams = store.load(key)
-            if grams is None:
-                with swapped(skeleton, self._renamed(expert), self.device), torch.inference_mode():
-                    inputs = (to_device(b, self.device) for b in batches)
-                    found_in_model = collect(skeleton, task.forward, inputs, names=names, norms=norms)
-                    grams = found_in_model.renamed(self._stored)
-                with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
-                    store.save(key, grams)
-            found.append(grams)
+            found.append(collector.of(expert, task))
         self.progress("grams", len(self.tasks), len(self.tasks))
-        for notice in store.notices:  # a stale or damaged cache was rebuilt
+        for notice in collector.store.notices:  # a stale or damaged cache was rebuilt
             self.progress("notice", 1, 1, notice)
         return found
 
@@ -190,18 +172,29 @@ class Run:
         strict: bool = False,
     ) -> StateDict:
         """The anchor's tensors in float32: a registered merge (`anchor_stream`) or a checkpoint (``path:FOLDER``)."""
+        out = {}
+        for done, (key, tensor) in enumerate(self.anchor_pairs(name, knobs, grams, strict)):
+            out[key] = tensor
+            self.progress("anchor", done + 1, len(self.pool.names), name or self.recipe.anchor)
+        return out
+
+    def anchor_pairs(
+        self,
+        name: str | None = None,
+        knobs: Mapping[str, Any] | None = None,
+        grams: Sequence[TaskGrams] | None = None,
+        strict: bool = False,
+        done: Collection[str] = (),
+    ) -> Iterator[tuple[str, Tensor]]:
+        """`anchor`, tensor by tensor, but for the names ``done``."""
         name = name or self.recipe.anchor
         knobs = self.recipe.knobs if knobs is None else knobs
-        if name.startswith("path:"):
-            given = open_checkpoint(name.removeprefix("path:"), skip=self.recipe.skip)
-            pool = ModelPool(self.pool.base, [given], task_names=["anchor"])
-            pool.check_finite()
-            return {n: _widen(pool.experts[0][n]) for n in self.pool.names}
-        out = {}
-        for done, (key, tensor) in enumerate(self.anchor_stream(name, knobs, grams, torch.float32, strict)):
-            out[key] = tensor
-            self.progress("anchor", done + 1, len(self.pool.names), name)
-        return out
+        if not name.startswith("path:"):
+            return self.anchor_stream(name, knobs, grams, torch.float32, strict, done)
+        given = open_checkpoint(name.removeprefix("path:"), skip=self.recipe.skip)
+        pool = ModelPool(self.pool.base, [given], task_names=["anchor"])
+        pool.check_finite()
+        return ((n, _widen(pool.experts[0][n])) for n in self.pool.names if n not in done)
 
     def anchor_stream(
         self,
@@ -210,8 +203,9 @@ class Run:
         grams: Sequence[TaskGrams] | None = None,
         dtype: torch.dtype | None = None,
         strict: bool = False,
+        done: Collection[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
-        """A registered merge, tensor by tensor, reading each from disk as it comes.
+        """A registered merge, tensor by tensor but for the names ``done``, reading each from disk as it comes.
 
         Task weights enter where the method takes them; ``strict`` refuses them where it does not.
         """
@@ -225,6 +219,7 @@ class Run:
             transposed=self._transposed(),
             device=self.device,
             dtype=dtype,
+            done=done,
             **knobs,
         )
 
@@ -234,7 +229,7 @@ class Run:
         """What the method needs besides the weights, as keyword arguments of `bmm.anchors.merge_stream`."""
         anchor, found = anchors.get(name), dict[str, Any]()
         if "grams" in anchor.needs:
-            found["grams"] = anchor_grams(grams if grams is not None else self.collect_grams())
+            found["grams"] = AnchorGrams(grams if grams is not None else self.collect_grams())
         if "fisher" in anchor.needs or ("fisher" in anchor.takes and self.recipe.fisher != "auto"):
             found["fisher"] = self.collect_fishers()
         if "base_fisher" in anchor.needs:
@@ -244,7 +239,7 @@ class Run:
         if "sequential_grams" in anchor.needs:
             values = anchors.resolve_knobs(anchor, knobs or {})
             behind = self._merged_inputs().behind_regmean(values, self.weights, self._transposed())
-            found["grams"] = anchor_grams(behind)
+            found["grams"] = AnchorGrams(behind)
         return found
 
     def objective(self) -> Callable[[Tensors], float]:
@@ -279,7 +274,7 @@ class Run:
             self.pool,
             anchor,
             grams,
-            **self._regression(),
+            **self.regression(),
             search=recipe.search,
             scheme=recipe.groups,
             bands=recipe.bands,
@@ -297,9 +292,9 @@ class Run:
         anchor = self.anchor(grams=grams)
         if own or recipe.grams == "datafree":
             return anchor, grams if own else None
-        return anchor, self._merged_inputs().behind_bmm(anchor, self._regression(), recipe.norms == "regression")
+        return anchor, self._merged_inputs().behind_bmm(anchor, self.regression(), recipe.norms == "regression")
 
-    def _regression(self) -> dict[str, Any]:
+    def regression(self) -> dict[str, Any]:
         """The recipe's part in what one module's regression is, as `prepare_model` takes it."""
         recipe = self.recipe
         return {

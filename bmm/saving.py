@@ -10,14 +10,17 @@ from typing import Any
 from .errors import RecipeError
 from .evaluation import Task
 from .loading import ModelBuilder
+from .notation import StateDict
 from .opening import open_run, require_same_inputs, targets
 from .progress import Progress, silent
 from .recipe import Recipe
 from .records import Score, StudyResult, Trial
 from .report import study_card
+from .run import Run
 from .search.database import StudyDatabase
 from .statistics import anchor_needs
-from .tuning import load_result, study_file, write_model
+from .tuning import load_result, study_file
+from .writing import write_model
 
 KEYS = ("device", "cache", "dtype", "shard_gib")
 """The recipe keys that may be given anew: none of them changes what is merged."""
@@ -46,6 +49,21 @@ def save(
         RecipeError: no such trial, one that is not completed, or a key that would change the merge.
         StudyError: no study there, or its checkpoints have changed; further errors as `bmm.merge`.
     """
+    run, tensors, found = merged_trial(study, trial, tasks=tasks, model=model, progress=progress, **keys)
+    command = f"bmm save {study_file(study).parent} --trial {found.best.number} --out {Path(out).name}"
+    return write_model(run, tensors, Path(out), study_card(found, run.recipe.to_yaml(), command), overwrite=overwrite)
+
+
+def merged_trial(
+    study: str | Path,
+    trial: int | None = None,
+    *,
+    tasks: Sequence[Task] | str | None = None,
+    model: ModelBuilder | str | None = None,
+    progress: Progress = silent,
+    **keys: Any,
+) -> tuple[Run, StateDict, StudyResult]:
+    """The run of a study, one trial's merged tensors, and the result as if that trial had won; arguments as `save`."""
     if changed := sorted(set(keys) - set(KEYS)):
         raise RecipeError(f"{changed[0]} cannot change: the trial is merged as it was", f"only {', '.join(KEYS)} can")
     result = load_result(study)
@@ -54,13 +72,9 @@ def save(
     recipe = Recipe.from_dict({**raw, **keys, **targets(tasks, model)}).relative_to(Path.cwd())
     needs_tasks = bool(anchor_needs(recipe.anchor)) or recipe.grams != "datafree"
     run = open_run(recipe, tasks, model, progress, need_tasks=needs_tasks)
-    path = study_file(study)
-    with StudyDatabase.open(path, readonly=True) as database:
+    with StudyDatabase.open(study_file(study), readonly=True) as database:
         require_same_inputs(database, run.pool.fingerprint())
-    tensors = run.prepare().merge(chosen.hyperparameters)
-    command = f"bmm save {path.parent} --trial {chosen.number} --out {Path(out).name}"
-    card = study_card(_of_trial(result, chosen), recipe.to_yaml(), command)
-    return write_model(run, tensors, Path(out), card, overwrite=overwrite)
+    return run, run.prepare().merge(chosen.hyperparameters), _of_trial(result, chosen)
 
 
 def _chosen(result: StudyResult, number: int | None) -> Trial:

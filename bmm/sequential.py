@@ -28,7 +28,7 @@ from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint, reading_order
 from .grams.store import flat, source_of
 from .groups import module_of
-from .merging import anchor_grams, prepare_model
+from .merging import AnchorGrams, prepare_model
 from .notation import StateDict
 from .records import Hyperparameters
 
@@ -98,7 +98,7 @@ class MergedInputs:
             start[name] = w0.float() + knobs["scale"] * (mean - w0.float()) if w0.is_floating_point() else mean
 
         def merge(grams: Sequence[TaskGrams]) -> StateDict:
-            stacks = anchor_grams(grams)
+            stacks = AnchorGrams(grams)
             if not stacks:
                 return {}
             base = {n: self.pool.base[n] for n in stacks}

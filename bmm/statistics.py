@@ -20,7 +20,8 @@ from .evaluation import Task, swapped
 from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
 from .fisher.collect import length, take
-from .grams import fingerprint
+from .grams import GramStore, TaskGrams, fingerprint, gram_bytes, in_parts
+from .grams import collect as collect_grams
 from .grams.store import flat, source_of
 from .notation import Tensors
 from .recipe import Recipe
@@ -37,6 +38,60 @@ def cache_folder(recipe: Recipe) -> Path:
 def anchor_needs(anchor: str) -> frozenset[str]:
     """The statistics the anchor itself is made of; with any of them it needs tasks."""
     return frozenset() if anchor.startswith("path:") else anchors.get(anchor).needs
+
+
+class GramCollector:
+    """Collects activation Grams of models given as tensors by checkpoint name; arguments as `Fishers`.
+
+    Where the recipe bounds the memory and a model's Grams take more than a third of it, the calibration inputs run
+    through the model several times, each time for as many modules as fit; each such part is cached by itself.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        skeleton: nn.Module,
+        parameters: Sequence[str],
+        in_model: Mapping[str, str],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
+        self.stored = {own: name for name, own in in_model.items()}
+        self.norms = recipe.norms == "regression"
+        self.names = {in_model.get(n, n) for n in parameters}
+        sizes = gram_bytes(skeleton, self.names)
+        rest = self.names - sizes.keys()  # biases join their weights, wherever those are
+        self.parts = [part | rest for part in in_parts(sizes, recipe.max_memory * 2**30 / 3)]
+        self.store = GramStore(folder / "grams")
+
+    def of(self, model: Tensors, task: Task) -> TaskGrams:
+        """The Grams of one expert on its task's calibration inputs; they read from disk where the cache took them."""
+        batches = list(task.calibration_batches(self.recipe.calibration, self.recipe.batch_size))
+        settings: dict[str, Any] = {"code": source_of(task.forward), "model": source_of(self.skeleton)}
+        if self.norms:
+            settings["norms"] = True
+        found: TaskGrams | None = None
+        for part in self.parts:
+            one = settings if len(self.parts) < 2 else settings | {"parameters": sorted(part)}
+            fresh = self._part(fingerprint(fingerprint_of(model), flat(batches), one), model, task, batches, part)
+            found = fresh if found is None else found.joined(fresh)
+        assert found is not None
+        return found
+
+    def _part(self, key: str, model: Tensors, task: Task, batches: list[Any], names: set[str]) -> TaskGrams:
+        known = self.store.load(key)
+        if known is not None:
+            return known
+        tensors = {self.in_model.get(name, name): model[name] for name in model}
+        with swapped(self.skeleton, tensors, self.device), torch.inference_mode():
+            inputs = (to_device(b, self.device) for b in batches)
+            found = collect_grams(self.skeleton, task.forward, inputs, names=names, norms=self.norms)
+        found = found.renamed(self.stored)
+        with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
+            self.store.save(key, found)
+            return self.store.load(key) or found
+        return found
 
 
 class Fishers:

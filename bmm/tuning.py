@@ -7,9 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from .checkpoint import Checkpoint, write_checkpoint
 from .errors import StudyError
 from .evaluation import Task
 from .loading import ModelBuilder
@@ -17,7 +15,7 @@ from .merging import PreparedModel
 from .notation import StateDict
 from .opening import require_same_inputs
 from .progress import Progress, silent, stopwatch
-from .recipe import Recipe, storage_dtype
+from .recipe import Recipe
 from .records import Hyperparameters, Score, StudyResult, Trial
 from .report import study_card, text_report, versions
 from .run import Run
@@ -26,6 +24,7 @@ from .search.engine import engine_row
 from .search.goal import Goal
 from .search.space import Space
 from .search.study import best, run_study
+from .writing import write_model
 
 STUDY, RESULT, REPORT, MODEL = "study.db", "result.json", "report.md", "model"
 OnTrial = Callable[[Trial, Trial | None], None]
@@ -192,26 +191,6 @@ def finish(
     write_text(out / REPORT, text_report(result))
     write_text(out / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
     return result
-
-
-def write_model(
-    run: Run, tensors: StateDict | Any, folder: Path, card: str, *, overwrite: bool, recipe_yaml: str | None = None
-) -> Path:
-    """Write merged tensors (a mapping or a stream of pairs) as a checkpoint like the base's, with card and recipe."""
-    recipe = run.recipe
-    run.pool.refuse_expert(folder)
-    pairs = ((n, tensors[n].cpu()) for n in run.pool.names) if isinstance(tensors, dict) else tensors
-    return write_checkpoint(
-        folder,
-        pairs,
-        like=run.pool.base if isinstance(run.pool.base, Checkpoint) else None,
-        dtypes=storage_dtype(recipe.dtype),
-        tied=run.pool.tied,
-        max_shard_bytes=int(recipe.shard_gib * 2**30),
-        extra_files={"README.md": card, "bmm_recipe.yaml": recipe_yaml or recipe.to_yaml() or "{}\n"},
-        overwrite=overwrite,
-        owned=not isinstance(tensors, dict),  # a stream gives each of its tensors away
-    )
 
 
 def write_text(path: Path, text: str) -> None:

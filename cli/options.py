@@ -13,7 +13,7 @@ from bmm.errors import RecipeError
 from bmm.recipe import Recipe
 
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
-RUNTIME = ("device", "autocast", "cache")
+RUNTIME = ("device", "autocast", "max_memory", "cache")
 GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")

@@ -25,6 +25,19 @@ STAGES = {
 }
 
 
+IN_BYTES = ("merge",)
+"""Stages that count bytes."""
+
+
+def amount(value: float) -> str:
+    """Bytes as people read them: 3.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
 class Console:
     """Shows stages and trials. ``quiet`` shows nothing; without a terminal each finished stage is one line."""
 
@@ -46,7 +59,7 @@ class Console:
             self._bars = Progress(
                 TextColumn("{task.description:<18}"),
                 BarColumn(bar_width=28),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[done]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[detail]}"),
@@ -72,13 +85,14 @@ class Console:
         label = STAGES.get(stage, stage)
         if self._bars is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(label, total=total, detail="")
-            self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail)
+                self._tasks[stage] = self._bars.add_task(label, total=total, detail="", done="")
+            text = f"{amount(done)}/{amount(total)}" if stage in IN_BYTES else f"{done}/{total}"
+            self._bars.update(self._tasks[stage], completed=done, total=total, detail=detail, done=text)
             return
         self._begun.setdefault(stage, time.monotonic())
         if done == total:
             seconds = time.monotonic() - self._begun.pop(stage)
-            click.echo(f"{label}: {total} done in {seconds:.1f} s", err=True)
+            click.echo(f"{label}: {amount(total) if stage in IN_BYTES else total} done in {seconds:.1f} s", err=True)
 
     def _say(self, line: str) -> None:
         if self._bars is not None:
@@ -98,8 +112,10 @@ class Console:
         top = f"best {best.objective:.4f} (trial {best.number})" if best else "no completed trial yet"
         if self._bars is not None:
             if "trials" not in self._tasks:
-                self._tasks["trials"] = self._bars.add_task("trials", total=self.budget, detail="")
-            self._bars.update(self._tasks["trials"], completed=trial.number + 1, detail=top)
+                self._tasks["trials"] = self._bars.add_task("trials", total=self.budget, detail="", done="")
+            self._bars.update(
+                self._tasks["trials"], completed=trial.number + 1, detail=top, done=f"{trial.number + 1}/{self.budget}"
+            )
             return
         shown = f"{trial.objective:.4f}" if trial.objective is not None else f"failed: {trial.error}"
         if trial.status == "stopped":

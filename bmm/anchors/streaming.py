@@ -209,6 +209,7 @@ def merge_stream(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    done: Collection[str] = (),
     **knobs: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge ``experts`` into ``base`` by the method ``name``, yielding (parameter name, merged tensor) in base order.
@@ -225,6 +226,7 @@ def merge_stream(
     device : where the arithmetic runs; results lie where the base's tensors do.
     dtype : of the merged floating tensors, the base's by default. Values beyond its range are clamped to it.
     progress : see `Progress`.
+    done : names that are not wanted: their tensors are left out.
     knobs : the method's own hyperparameters, see ``get(name).knobs``.
 
     Tensors of integers or booleans are the base's. Arithmetic is in float32 or float64, whatever the storage.
@@ -268,7 +270,7 @@ def merge_stream(
         anchor.elementwise,
     )
     job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
-    return _run(job, base, tied)
+    return _run(job, base, tied, frozenset(done) - set(tied.values()))
 
 
 _SOURCES = {
@@ -280,7 +282,7 @@ _SOURCES = {
 }
 
 
-def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _run(job: _Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
     keep_pages()
     score = _with_ties(job.statistics.score, tied)
@@ -292,6 +294,8 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str]) -> Iterator[tuple[str, 
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
     for done, name in enumerate(base, 1):
+        if name in left_out:
+            continue
         if name in tied:
             merged = shared[tied[name]]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from ..errors import WriteError
 from .formats import reason
+
+FINISHED = ".finished"
+"""Ends the name of a file that is whole, in a folder that is not."""
 
 
 @contextmanager
@@ -59,25 +63,49 @@ def destination(folder: str | Path, overwrite: bool, inputs: tuple[Path, ...] = 
 
 
 @contextmanager
-def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, overwrite: bool = False, key: int | None = None) -> Iterator[Path]:
     """A temporary folder ``.NAME.incomplete-PID`` beside ``target`` that takes its place when the block ends well.
 
     Where the block raises, the temporary folder is removed and the error goes on. A process that is killed leaves it
     behind under that name, which `open_checkpoint` refuses. With ``overwrite`` a folder at ``target`` is set aside as
     ``.NAME.replaced-PID`` for the moment of the swap and removed after it; without, one that holds anything is an
     error, also where it was filled in the meantime.
+
+    With a ``key`` the folder is ``.NAME.incomplete-KEY``, may hold what an earlier process left there, and stays, for
+    the next one, where the block raises and it holds `FINISHED` files. `WriteError` where another process is at it.
     """
+    lock = None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _make_beside(target, "incomplete")
+        if key is None:
+            temporary = _make_beside(target, "incomplete")
+        else:
+            temporary = target.with_name(f".{target.name}.incomplete-{key}")
+            temporary.mkdir(exist_ok=True)
+            lock = _locked(temporary, target)
     try:
         yield temporary
         with writing(target):
             sync(temporary)
             _swap(temporary, target, overwrite)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if key is None or not any(temporary.glob("*" + FINISHED)):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path, target: Path) -> int:
+    """A descriptor of the folder that holds it alone until it is closed, or its process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise WriteError(f"{target}: another process is writing it", "wait for it to end, or stop it") from None
+    return descriptor
 
 
 def sync(path: Path) -> None:

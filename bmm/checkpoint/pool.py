@@ -128,6 +128,15 @@ class ModelPool:
         prints = [fingerprint_of(source) for source in (self.base, *self.experts)]
         return hashlib.sha256("\n".join(["bmm pool 1", *prints]).encode()).hexdigest()
 
+    def stamp(self) -> str:
+        """SHA-256 over paths, sizes and modification times of all weight files: tells edited checkpoints apart without
+        reading them. Empty where a model is in memory."""
+        sources = [source.source if isinstance(source, TiedView) else source for source in (self.base, *self.experts)]
+        if not all(isinstance(source, Checkpoint) for source in sources):
+            return ""
+        stamps = [source.stamp() for source in sources if isinstance(source, Checkpoint)]
+        return hashlib.sha256("\n".join(["bmm stamp 1", *stamps]).encode()).hexdigest()
+
     def refuse_expert(self, folder: Path) -> None:
         """Raise `WriteError` where a merge would be written over one of its experts."""
         if folder.resolve() in [source.path.resolve() for source in self.experts if isinstance(source, Checkpoint)]:

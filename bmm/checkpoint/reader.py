@@ -70,6 +70,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def _fingerprint(self) -> str:
         return fingerprint_tensors(self)
 
+    def stamp(self) -> str:
+        """Path, size and modification time of every weight file, as text."""
+        files = sorted({holder.path.resolve() for holder in self._holders.values()})
+        found = [(path, path.stat()) for path in files]
+        return "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in found)
+
     def side_files(self) -> list[Path]:
         """The configuration, tokenizer and processor files that belong into every copy of this model."""
         return side_files(self.path)

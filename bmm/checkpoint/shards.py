@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WriteError
-from .atomic import sync, writing
+from .atomic import FINISHED, sync, writing
 from .formats import SUPPORTED, TensorInfo, as_bytes, reason
 
 INDEX = "model.safetensors.index.json"
@@ -53,9 +53,11 @@ class Shard:
 
 @dataclass
 class Shards:
-    """The files ``shard-NNNNN.unfinished`` in ``temporary``, named when they are complete and their number is known.
+    """The files of ``temporary``, given their names when their number is known.
 
-    ``plan`` gives shape and dtype of the tensors that have a place of their own.
+    ``plan`` gives shape and dtype of the tensors that have a place of their own. A planned file is
+    ``shard-NNNNN.unfinished`` until it is whole; one that an earlier process finished by the same plan is kept, and the
+    names in it are `done`.
     """
 
     temporary: Path
@@ -83,7 +85,16 @@ class Shards:
             self._shard_of[name] = len(groups) - 1
         self._planned = [Shard.plan(group) for group in groups]
         self._shards = len(self._planned)
-        self._require_space(sum(shard.size for shard in self._planned))
+        for number, shard in enumerate(self._planned):
+            if _is(self._path(number, FINISHED), shard):
+                self._written |= shard.missing
+                shard.missing.clear()
+            self._path(number).unlink(missing_ok=True)
+        self._require_space(sum(shard.size for shard in self._planned if shard.missing))
+        kept = [self.plan[name] for name in self._written]
+        self.floating_dtypes |= {info.dtype for info in kept if info.floating}
+        self._total_bytes += sum(info.nbytes for info in kept)
+        self.done = frozenset(self._written)
 
     def __contains__(self, name: str) -> bool:
         return name in self._written or name in self._pending
@@ -101,6 +112,8 @@ class Shards:
             if first != name:
                 return
         for number, stored in enumerate(stored_names):
+            if stored in self.done:
+                continue
             if tensor.is_floating_point():
                 self.floating_dtypes.add(tensor.dtype)
             self._total_bytes += tensor.numel() * tensor.itemsize
@@ -120,7 +133,8 @@ class Shards:
         ]
         with writing(self.target):
             for number, file_name in enumerate(final):
-                self._path(number).rename(self.temporary / file_name)
+                whole = self._path(number, FINISHED)
+                (whole if whole.exists() else self._path(number)).rename(self.temporary / file_name)
             if self._shards > 1:
                 weight_map = {name: final[number] for name, number in sorted(self._shard_of.items())}
                 index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
@@ -154,6 +168,7 @@ class Shards:
                 os.fsync(shard.descriptor)
                 os.close(shard.descriptor)
                 shard.descriptor = None
+                self._path(number).rename(self._path(number, FINISHED))
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.itemsize
@@ -192,8 +207,17 @@ class Shards:
                 "free some disk space or write elsewhere",
             )
 
-    def _path(self, number: int) -> Path:
-        return self.temporary / f"shard-{number:05d}.unfinished"
+    def _path(self, number: int, suffix: str = ".unfinished") -> Path:
+        return self.temporary / f"shard-{number:05d}{suffix}"
+
+
+def _is(path: Path, shard: Shard) -> bool:
+    """Whether a file has this shard's header and size."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(shard.header)) == shard.header and path.stat().st_size == shard.size
+    except OSError:
+        return False
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:

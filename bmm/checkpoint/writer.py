@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,11 +19,13 @@ from .shards import Shards
 from .tied import union
 
 MAX_SHARD_BYTES = 5_000_000_000
+Pairs = Iterable[tuple[str, Tensor]]
+Source = Mapping[str, Tensor] | Pairs | Callable[[frozenset[str]], Pairs]
 
 
 def write_checkpoint(
     folder: str | Path,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tensors: Source,
     *,
     like: Checkpoint | None = None,
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
@@ -32,12 +34,14 @@ def write_checkpoint(
     extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
     owned: bool = False,
+    key: int | None = None,
 ) -> Path:
     """Write tensors as a Hugging Face folder and return its path.
 
     Args:
         folder: the folder to make. It is written beside its place and renamed there as the last step.
-        tensors: name and tensor, taken one after the other. With ``like`` each is written as it comes and none is
+        tensors: name and tensor, taken one after the other; or a function that gives them, called with the names that
+            are there already (see ``key``) and may be left out. With ``like`` each is written as it comes and none is
             held; without, no more than one shard of them.
         like: the checkpoint whose names, shapes, dtypes and side files (config, tokenizer, ...) the result takes. Every
             name of it must be given; further names are written too, to a shard of their own.
@@ -50,10 +54,12 @@ def write_checkpoint(
         extra_files: further files (a model card, a recipe) by name; they replace side files of the same name.
         overwrite: replace an existing folder of model files, at the end, when the new one is complete.
         owned: nobody else uses the tensors: where they are held, it is without a copy.
+        key: stands for all that the result depends on. With ``like`` the shards that are finished when the write fails
+            or is stopped are kept, and a later write to the same folder with the same key goes on from there.
 
     Raises `WriteError`, and leaves nothing behind, where the folder is taken or cannot be written, a value does not fit
     its dtype (float16 ends at 65504), is NaN or Inf, or names are missing or given twice. Errors of the ``tensors``
-    iterable pass through, and leave nothing behind either.
+    iterable pass through, and leave nothing behind either. (With a ``key``: nothing that looks complete.)
     """
     extras = dict(extra_files or {})
     _check_extras(extras)
@@ -63,10 +69,10 @@ def write_checkpoint(
         raise WriteError(f"{dtypes} is no dtype for weights", "use float32, float16, bfloat16 or float64")
     target = destination(folder, overwrite, (like.path,) if like is not None else ())
     ties = {n: group for group in union([*tied, *(like.tied if like is not None else ())]) for n in group}
-    with atomic_folder(target, overwrite) as temporary:
+    with atomic_folder(target, overwrite, key if like is not None else None) as temporary:
         shards = Shards(temporary, target, max_shard_bytes, _plan(like, dtypes) if like is not None else {})
         try:
-            for name, tensor in _named(tensors):
+            for name, tensor in _named(tensors(shards.done) if callable(tensors) else tensors):
                 _check_shape(name, tensor, like)
                 copy = not owned and name not in shards.plan  # what is written at once needs none
                 cast = _cast(name, tensor, _dtype(name, tensor, like, dtypes), copy)
@@ -88,7 +94,7 @@ def write_checkpoint(
     return target
 
 
-def _named(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _named(tensors: Mapping[str, Tensor] | Pairs) -> Iterator[tuple[str, Tensor]]:
     yield from tensors.items() if isinstance(tensors, Mapping) else tensors
 
 

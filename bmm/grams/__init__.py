@@ -3,6 +3,7 @@
 from .accumulate import GramAccumulator
 from .collect import collect, reading_order
 from .datafree import datafree, hybrid, hybrid_parts
+from .parts import gram_bytes, in_parts
 from .store import GramStore, fingerprint
 from .task_grams import TaskGrams
 
@@ -13,7 +14,9 @@ __all__ = [
     "collect",
     "datafree",
     "fingerprint",
+    "gram_bytes",
     "hybrid",
     "hybrid_parts",
+    "in_parts",
     "reading_order",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -301,7 +301,8 @@ def _context(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _result(sites: list[Site], skipped: dict[str, str], recorder: _Recorder) -> TaskGrams:
-    out = TaskGrams(skipped=dict(skipped))
+    grams: dict[str, Tensor] = {}
+    out = TaskGrams(grams=grams, skipped=dict(skipped))
     key_of_group: dict[int, str] = {}
     for site in sites:
         group = recorder.group_of.get(site)
@@ -312,7 +313,7 @@ def _result(sites: list[Site], skipped: dict[str, str], recorder: _Recorder) -> 
         if id(group) not in key_of_group:
             key = key_of_group[id(group)] = site.names[0]
             try:
-                out.grams[key] = group.total.gram().cpu()
+                grams[key] = group.total.gram().cpu()
             except GramError as error:
                 raise GramError(f"{key}: {error.message}", error.hint) from error
             out.count[key], out.has_bias[key] = group.total.count, site.homogeneous
@@ -323,12 +324,13 @@ def _result(sites: list[Site], skipped: dict[str, str], recorder: _Recorder) -> 
 
 
 def _with_norms(out: TaskGrams, sites: list[NormSite]) -> TaskGrams:
+    norms: dict[str, Tensor] = {}
     for site in sites:
         if site.failed or site.count == 0:
             reason = site.failed or "its module never ran on the calibration inputs"
             out.skipped.update(dict.fromkeys(site.names, reason))
             continue
         for name in site.names:
-            out.norms[name], out.count[name] = site.gram(), site.count
+            norms[name], out.count[name] = site.gram(), site.count
         out.norm_bias.update(zip(site.names, site.biases, strict=False))
-    return out
+    return replace(out, norms=norms)

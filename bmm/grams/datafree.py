@@ -9,19 +9,19 @@ from ..errors import GramError
 from .accumulate import gram_dtype
 
 
-def datafree(task_vector: Tensor) -> Tensor:
+def datafree(task_vector: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``tau.T @ tau / ||tau||_F^2`` (i, i) of a task vector (o, i) or, flattened to that, (o, c, kh, kw).
 
     A gradient step moves a weight by a sum of outer products with the module's inputs, so a task vector's rows lie in
-    the span of what the expert saw. The Gram has trace 1; a zero task vector gives zeros. Float64 up to 4096 inputs
-    on the CPU, float32 otherwise. Raises `GramError` for a vector or a non-finite value.
+    the span of what the expert saw. The Gram has trace 1; a zero task vector gives zeros. In ``dtype``, by default
+    float64 up to 4096 inputs on the CPU and float32 otherwise. Raises `GramError` for a vector or a non-finite value.
     """
     if task_vector.dim() < 2:
         raise GramError(
             f"task vector has shape {tuple(task_vector.shape)}", "only matrices and convolutions have a Gram"
         )
     tau = task_vector.detach().flatten(1)  # (o, i)
-    tau = tau.to(gram_dtype(tau.shape[1], tau.device))
+    tau = tau.to(dtype or gram_dtype(tau.shape[1], tau.device))
     if not bool(torch.isfinite(tau).all()):
         raise GramError("task vector holds non-finite values", "check base and expert for NaN or overflow")
     peak = tau.abs().max() if tau.numel() else tau.new_zeros(())

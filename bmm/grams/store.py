@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import GramError, WriteError
+from ..checkpoint.safetensors_file import SafetensorsFile
+from ..errors import CheckpointError, GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
 
@@ -147,7 +148,11 @@ class GramStore(TensorStore):
         return self.write(fingerprint, tensors, body)
 
     def load(self, fingerprint: str) -> TaskGrams | None:
-        """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``)."""
+        """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``).
+
+        The whole file is read once here, tensor by tensor, for its checksum; Grams are read again as they are asked
+        for, so that those of a large model are never in memory together.
+        """
         return self.read(fingerprint, _read)
 
 
@@ -155,16 +160,34 @@ class Untrusted(Exception):
     """Why a readable file is not used."""
 
 
+class _OnDisk(Mapping[str, Tensor]):
+    """The tensors of a file whose names begin with a prefix, each read when it is asked for."""
+
+    def __init__(self, file: SafetensorsFile, prefix: str = "") -> None:
+        self._file, self._prefix = file, prefix
+        self._names = [name.removeprefix(prefix) for name in file.infos if name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._prefix + name not in self._file.infos:
+            raise KeyError(name)
+        try:
+            return self._file.read(self._prefix + name)
+        except CheckpointError:  # another run may have written the same Grams a second time
+            self._file = SafetensorsFile(self._file.path)
+            return self._file.read(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _read(path: Path, fingerprint: str) -> TaskGrams:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    body = checked_body(path, fingerprint, tensors)
-    found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        found[kind][name] = tensor
-    record: dict[str, Any] = {**found, **json.loads(body)}
-    return TaskGrams(**record)
+    file = SafetensorsFile(path)
+    body = checked_body(path, fingerprint, _OnDisk(file))
+    found: dict[str, Any] = {kind: _OnDisk(file, f"{kind}/") for kind in _TENSORS}
+    return TaskGrams(**found, **json.loads(body))
 
 
 def checked_body(path: Path, fingerprint: str, tensors: Tensors) -> str:

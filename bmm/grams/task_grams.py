@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,16 +26,18 @@ class TaskGrams:
     ``skipped``: why a weight of two or more dimensions, or a norm's, has no Gram.
     ``norms[name]``: for a norm's weight of c channels the Grams (c, 2, 2) of ``(x_hat, 1)``, or (c, 1, 1) of ``x_hat``
     where the norm has no bias; ``norm_bias`` names the bias. Empty unless norms were asked for.
+
+    ``grams`` and ``norms`` may read from disk on access.
     """
 
-    grams: dict[str, Tensor] = field(default_factory=dict)
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
     key_of: dict[str, str] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)
     has_bias: dict[str, bool] = field(default_factory=dict)
     bias_of: dict[str, str] = field(default_factory=dict)
     layout: dict[str, Layout] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
     norm_bias: dict[str, str] = field(default_factory=dict)
 
     def for_weight(self, name: str) -> Tensor:
@@ -74,6 +77,13 @@ class TaskGrams:
 
     def joined(self, other: TaskGrams) -> TaskGrams:
         """Both records in one, for weights collected in turns; a weight with a Gram in one is not skipped."""
-        found = {f.name: getattr(self, f.name) | getattr(other, f.name) for f in fields(self)}
+        found: dict[str, Any] = {f.name: _either(getattr(other, f.name), getattr(self, f.name)) for f in fields(self)}
         measured = found["key_of"].keys() | found["norms"].keys()
         return TaskGrams(**found | {"skipped": {n: w for n, w in found["skipped"].items() if n not in measured}})
+
+
+def _either(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Both mappings in one, nothing read; the first one's values where both have a name."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return second | first
+    return ChainMap(first, second)  # type: ignore[arg-type]

@@ -53,6 +53,18 @@ def test_round_trip(tmp_path):
     assert same(store.load("f1"), TaskGrams())
 
 
+def test_grams_are_read_when_asked_for_and_survive_a_second_write(tmp_path):
+    store = GramStore(tmp_path)
+    store.save("f", some_grams())
+    found = store.load("f")
+    assert not any(isinstance(value, torch.Tensor) for value in vars(found.grams).values())
+    store.save("f", some_grams())  # by another run that collected them at the same time
+    assert same(found, some_grams())
+    assert same(found.joined(TaskGrams()), some_grams())
+    with pytest.raises(KeyError):
+        found.grams["z.weight"]
+
+
 def test_every_truncation_is_noticed(tmp_path):
     store = GramStore(tmp_path)
     path = store.save("f", some_grams())
