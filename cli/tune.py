@@ -31,14 +31,15 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
     """
     from bmm.api import tune
     from bmm.report import text_report
-    from bmm.tuning import default_out
+    from bmm.tuning import RESUMABLE, default_out
 
     if resume:
         given = collected(values)
-        refused = [k for k in given if k not in ("budget", "device", "cache")]
+        refused = [k for k in given if k not in RESUMABLE]
         if refused or recipe:
             flag = "--recipe" if recipe else "--" + refused[0].replace("_", "-")
-            raise click.UsageError(f"{flag} cannot change in a resumed study; only --budget, --device, --cache can")
+            can = ", ".join(f"--{k}" for k in RESUMABLE)
+            raise click.UsageError(f"{flag} cannot change in a resumed study; only {can} can")
         out, budget, arguments = resume, _budget_of(resume, given), {"resume": resume, **given}
     else:
         chosen = load_recipe(recipe, values)
