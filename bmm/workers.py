@@ -106,7 +106,7 @@ def evaluation(
         return
     file = Path(recipe.out) / NUMBERS
     try:
-        site = Site(recipe, share((prepared, tasks, model, _logits(run)), file))
+        site = Site(recipe, share((prepared, tasks, model, experts_logits(run)), file))
         notice = partial(run.progress, "notice", 1, 1)
         with _crew(site, notice) as crew:
             yield crew
@@ -159,8 +159,8 @@ class Site:
         return evaluator(run, prepared)
 
 
-def _logits(run: Run) -> dict[str, list[torch.Tensor]]:
-    """The experts' own, by task, where they were needed."""
+def experts_logits(run: Run) -> dict[str, list[torch.Tensor]]:
+    """Every expert's logits on its task's validation data, by task, where these are what trials are judged by."""
     found = {}
     for name, task in run.judged.items():
         assert isinstance(task.validation, ExpertOutputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import click
@@ -27,6 +29,7 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
     bmm tune --base m/base --expert a=m/a --expert b=m/b --tasks tasks.py:make
     bmm tune --goal worst --floor 0.6 --floor mnist=0.8
     bmm tune --objectives mnist,scripts=thai+hebrew+latin
+    bmm tune --budget 100 --workers 4 --device cuda
     bmm tune --resume runs/vit8-tsv-hybrid-seed0 --budget 80
     """
     from bmm.api import tune
@@ -46,7 +49,8 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
         out, budget = chosen.out or default_out(chosen), chosen.budget
         arguments = {"recipe": chosen, "out": out}
     try:
-        with Console(quiet, budget) as console:
+        # Standard output is the result's: what tasks and libraries print while they work is no part of it.
+        with Console(quiet, budget) as console, contextlib.redirect_stdout(sys.stderr):
             result = tune(progress=console.stage, on_trial=console.trial, **arguments)
     except KeyboardInterrupt:
         from pathlib import Path

@@ -131,7 +131,7 @@ def test_workers_that_cannot_begin_end_the_study_with_the_reason(tmp_path, path)
     with pytest.raises(StudyError, match="a worker cannot start: the tasks are gone") as caught:
         staffed(path, workplaces.broken)
     assert caught.value.hint == "put them back"
-    with pytest.raises(StudyError, match=r"3 workers in succession ended .* exit code 3"):
+    with pytest.raises(StudyError, match=r"2 workers in succession ended .* exit code 3"):
         staffed(path, workplaces.stillborn)
     assert rows_on_disk(path) == []
 

@@ -18,7 +18,7 @@ from bmm.search.executor import Evaluate, Executor, Finished, Job
 Workplace = Callable[[int], Evaluate]
 """Makes the evaluation of worker 0, 1, ...; called in the worker."""
 
-FALSE_STARTS = 3
+FALSE_STARTS = 2
 """Workers lost in succession before one was ready; more means that none ever will be."""
 
 OUT_OF_MEMORY = "SIGKILL, as the kernel does where memory runs out"
