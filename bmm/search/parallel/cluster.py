@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +13,8 @@ from typing import Any
 from bmm.errors import StudyError
 from bmm.search.executor import Evaluate, Job
 from bmm.search.parallel.crew import Crew, Gone, Message, Ready, Unfit, Workplace, moved_in
+
+_PATIENCE = 10.0  # seconds for a cluster to answer
 
 
 def require_ray() -> None:
@@ -127,16 +130,25 @@ def _join_or_start(size: int) -> None:
     import ray
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address=address or "auto", **quiet)
-        return
-    except (ConnectionError, ValueError) as error:
-        if address:
+        if address not in ("auto", "local"):
+            _knock(address)
+        if address != "local":
+            ray.init(address=address, **quiet)
+            return
+    except (OSError, ValueError, RuntimeError) as error:  # a ConnectionError is an OSError
+        if address != "auto":
             raise StudyError(
                 f"no Ray cluster at RAY_ADDRESS={address}: {error}", "start it, or unset RAY_ADDRESS for a local one"
             ) from error
     ray.init(address="local", num_cpus=max(size, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Raises `OSError` or `ValueError` where nobody answers at [ray://]HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
 
 
 def _cpus_each(nodes: list[int], size: int) -> int:
