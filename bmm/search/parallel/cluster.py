@@ -88,8 +88,10 @@ class Actors(Crew):
             raise
 
     def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self._leave()
+        try:
+            super().__exit__()
+        finally:
+            self._leave()
 
     def _leave(self) -> None:
         if self._ours:
