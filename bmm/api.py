@@ -33,7 +33,7 @@ from .search.goal import Goal
 from .search.space import Space
 from .statistics import anchor_needs
 from .trajectory import average
-from .tuning import OnTrial, load_result, study_file, tune_recipe
+from .tuning import RESUMABLE, OnTrial, load_result, study_file, tune_recipe
 from .writing import streamed_merge, write_stream
 
 
@@ -64,7 +64,7 @@ def tune(
         recipe: a `Recipe`, a mapping of its keys, or a YAML file; none and no ``base``: the embedded zoo.
         tasks: `Task` objects (one an expert, by the same names), or FILE.py:FUNCTION.
         model: a function that builds the ``nn.Module``, or FILE.py:FUNCTION.
-        resume: folder of a study to continue; its own recipe applies, only ``budget`` may be given anew.
+        resume: folder of a study to continue; its own recipe applies, but for the keys in `bmm.tuning.RESUMABLE`.
         on_trial: called with each finished trial and the best so far.
         should_stop: asked before each trial; True ends the search and writes the best so far.
         keys: recipe keys, e.g. ``anchor="tsv", budget=50``.
@@ -73,11 +73,11 @@ def tune(
         RecipeError, CheckpointError, GramError, MergeError, StudyError: see `bmm.errors`.
     """
     if resume is not None:
-        fixed = sorted(set(keys) - {"budget", "device", "cache"})
+        fixed = sorted(set(keys) - set(RESUMABLE))
         if recipe is not None or fixed:
             raise RecipeError(
                 f"{fixed[0] if fixed else 'the recipe'} cannot change in a resumed study",
-                "only budget, device and cache can; start a new study for anything else",
+                f"only {', '.join(RESUMABLE)} can; start a new study for anything else",
             )
         path = study_file(resume)
         with StudyDatabase.open(path, readonly=True) as database:

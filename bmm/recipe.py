@@ -30,6 +30,7 @@ NORMS = ("anchor", "regression")
 BIAS = ("joined", "anchor")
 SEARCH = ("gamma", "weights", "anchor_scale")
 OBJECTIVES = ("labels", "agreement")
+EXECUTORS = ("local", "ray")
 
 
 def _key(default: Any, help: str, **meta: Any) -> Any:
@@ -123,6 +124,11 @@ class Recipe:
         low=0,
         high=0.5,
     )
+    workers: int = _key(1, "Trials evaluated at a time, each by a process of its own.", low=1)
+    executor: str = _key(
+        "local", "Where workers run: on this machine, or in a Ray cluster (one that runs, else a local one).",
+        choices=EXECUTORS,
+    )  # fmt: skip
     seed: int = _key(0, "Seed of every random draw.", low=0)
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")

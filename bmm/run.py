@@ -83,7 +83,7 @@ class Run:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
             self.tasks = [by_name[name] for name in self.experts]
         agree = recipe.objective == "agreement"
-        self._judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
+        self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
@@ -311,7 +311,7 @@ class Run:
         """Scores of one model on every task (or the given ones): on validation data what the recipe's ``objective``
         says, else the tasks' own."""
         asked = self.tasks if tasks is None else tasks
-        judged = [self._judged.get(t.name, t) for t in asked] if split == "validation" else asked
+        judged = [self.judged.get(t.name, t) for t in asked] if split == "validation" else asked
         return score_tasks(tasks=judged, split=split, **self._loaded(tensors))
 
     def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches, finite: bool = True) -> list[Tensor]:

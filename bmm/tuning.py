@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +24,12 @@ from .search.engine import engine_row
 from .search.goal import Goal
 from .search.space import Space
 from .search.study import best, run_study
+from .workers import check_workers, evaluation
 from .writing import write_model
 
 STUDY, RESULT, REPORT, MODEL = "study.db", "result.json", "report.md", "model"
+RESUMABLE = ("budget", "device", "cache", "workers", "executor")
+"""Keys of the recipe that may be given anew when a study is resumed: no row depends on them but for rounding."""
 OnTrial = Callable[[Trial, Trial | None], None]
 
 
@@ -67,6 +70,7 @@ def tune_recipe(
     recipe = replace(recipe.relative_to(Path.cwd()), out=recipe.out or default_out(recipe))
     recipe.require_evidence()
     engine_row(recipe.engine).require(recipe.engine)
+    check_workers(recipe, tasks, model)
     out = Path(recipe.out)
     if not resume and (out / STUDY).exists():
         raise StudyError(
@@ -82,13 +86,6 @@ def tune_recipe(
         prepared = run.prepare()
     inputs = run.pool.fingerprint()
     space = search_space(run, prepared.groups)
-
-    def evaluate(point: Hyperparameters) -> Mapping[str, float]:
-        merged = prepared.merge(point)
-        if recipe.early_stopping:
-            return ScoresOnDemand(run, merged)
-        return {s.task: s.value for s in run.score(merged, "validation")}
-
     database = (
         StudyDatabase.open(out / STUDY)
         if resume
@@ -101,7 +98,7 @@ def tune_recipe(
         reference = database.meta().get("search", {}).get("reference")
         if reference is None:  # a resumed study keeps the very numbers it began with
             reference = {s.task: s.value for s in experts}
-        with stopwatch(seconds, "search"):
+        with stopwatch(seconds, "search"), evaluation(run, prepared, tasks, model) as evaluate:
             trials = run_study(
                 database,
                 space,
@@ -121,23 +118,6 @@ def tune_recipe(
             )
         goal = Goal.from_json(database.meta()["search"])
         return finish(run, prepared, trials, experts, seconds, goal)
-
-
-class ScoresOnDemand(Mapping[str, float]):
-    """A merged model's validation scores by task, each measured when it is read."""
-
-    def __init__(self, run: Run, tensors: StateDict) -> None:
-        self._run, self._tensors = run, tensors
-        self._tasks = {task.name: task for task in run.tasks}
-
-    def __getitem__(self, task: str) -> float:
-        return self._run.score(self._tensors, "validation", [self._tasks[task]])[0].value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
 
 def search_space(run: Run, groups: list[str]) -> Space:

@@ -20,7 +20,7 @@ from .run import Run
 from .statistics import anchor_needs
 from .streamed import StreamedMerge
 
-ELSEWHERE = ("out", "cache", "device", "max_memory", "budget", "seed")
+ELSEWHERE = ("out", "cache", "device", "max_memory", "budget", "workers", "executor")
 """Recipe keys that say where and how long, not what: a merge that is taken up again may have other ones."""
 
 

@@ -20,7 +20,7 @@ BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "gro
 OUTPUT = ("dtype", "shard_gib")
 SEARCH = (
     "log10_lam", "rho", "search", "objective", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
-    "seed", "out",
+    "workers", "executor", "seed", "out",
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Console:
         self._tasks: dict[str, Any] = {}
         self._begun: dict[str, float] = {}
         self._search_start: float | None = None
-        self._first = 0
+        self._made, self._reached = 0, 0
 
     def __enter__(self) -> Console:
         if self.live:
@@ -106,15 +106,15 @@ class Console:
             return
         now = time.monotonic()
         if self._search_start is None:
-            self._search_start, self._first = now - trial.seconds - trial.suggest_seconds, trial.number
-        made = trial.number - self._first + 1
-        left = (now - self._search_start) / made * (self.budget - trial.number - 1)
+            self._search_start = now - trial.seconds - trial.suggest_seconds
+        self._made, self._reached = self._made + 1, max(self._reached, trial.number + 1)  # they may end in any order
+        left = (now - self._search_start) / self._made * (self.budget - self._reached)
         top = f"best {best.objective:.4f} (trial {best.number})" if best else "no completed trial yet"
         if self._bars is not None:
             if "trials" not in self._tasks:
                 self._tasks["trials"] = self._bars.add_task("trials", total=self.budget, detail="", done="")
             self._bars.update(
-                self._tasks["trials"], completed=trial.number + 1, detail=top, done=f"{trial.number + 1}/{self.budget}"
+                self._tasks["trials"], completed=self._reached, detail=top, done=f"{self._reached}/{self.budget}"
             )
             return
         shown = f"{trial.objective:.4f}" if trial.objective is not None else f"failed: {trial.error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import click
@@ -27,25 +29,28 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
     bmm tune --base m/base --expert a=m/a --expert b=m/b --tasks tasks.py:make
     bmm tune --goal worst --floor 0.6 --floor mnist=0.8
     bmm tune --objectives mnist,scripts=thai+hebrew+latin
+    bmm tune --budget 100 --workers 4 --device cuda
     bmm tune --resume runs/vit8-tsv-hybrid-seed0 --budget 80
     """
     from bmm.api import tune
     from bmm.report import text_report
-    from bmm.tuning import default_out
+    from bmm.tuning import RESUMABLE, default_out
 
     if resume:
         given = collected(values)
-        refused = [k for k in given if k not in ("budget", "device", "cache")]
+        refused = [k for k in given if k not in RESUMABLE]
         if refused or recipe:
             flag = "--recipe" if recipe else "--" + refused[0].replace("_", "-")
-            raise click.UsageError(f"{flag} cannot change in a resumed study; only --budget, --device, --cache can")
+            can = ", ".join(f"--{k}" for k in RESUMABLE)
+            raise click.UsageError(f"{flag} cannot change in a resumed study; only {can} can")
         out, budget, arguments = resume, _budget_of(resume, given), {"resume": resume, **given}
     else:
         chosen = load_recipe(recipe, values)
         out, budget = chosen.out or default_out(chosen), chosen.budget
         arguments = {"recipe": chosen, "out": out}
     try:
-        with Console(quiet, budget) as console:
+        # Standard output is the result's: what tasks and libraries print while they work is no part of it.
+        with Console(quiet, budget) as console, contextlib.redirect_stdout(sys.stderr):
             result = tune(progress=console.stage, on_trial=console.trial, **arguments)
     except KeyboardInterrupt:
         from pathlib import Path

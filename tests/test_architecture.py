@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
     ["errors", "dominance"],
-    ["notation", "records", "progress"],
+    ["notation", "records", "progress", "shared"],
     ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["loading", "statistics"],
     ["run"],
-    ["opening", "writing"],
+    ["opening", "workers", "writing"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
     ["posterior"],

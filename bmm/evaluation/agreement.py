@@ -41,18 +41,19 @@ def agreement(outputs: Tensor, expert: Tensor) -> Tensor:
 class ExpertOutputs:
     """A task's validation inputs, each batch with its expert's logits for targets.
 
-    The expert runs once, when they are first asked for; its logits stay in memory (n x classes numbers).
+    The expert runs once, when they are first asked for, unless another process had it run and gives the ``logits``;
+    these stay in memory (n x classes numbers).
     """
 
     def __init__(self, task: Task, expert: Tensors, outputs: Outputs) -> None:
         self._task, self._expert, self._outputs = task, expert, outputs
         self._batches = SteadyBatches(task, "validation")
-        self._logits: list[Tensor] | None = None
+        self.logits: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if self._logits is None:
-            self._logits = self._outputs(self._expert, self._task, self._batches)
-        for (inputs, _), logits in zip(self._batches, self._logits, strict=True):
+        if self.logits is None:
+            self.logits = self._outputs(self._expert, self._task, self._batches)
+        for (inputs, _), logits in zip(self._batches, self.logits, strict=True):
             yield inputs, logits
 
 

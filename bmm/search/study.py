@@ -7,17 +7,18 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bmm.errors import RecipeError, StudyError
-from bmm.records import Hyperparameters, Trial, TrialKind
+from bmm.records import Trial, TrialKind
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
+from bmm.search.executor import Evaluate, Executor, InProcess, Job, work_through
 from bmm.search.goal import PLAIN, Goal, check_stopping
 from bmm.search.space import Space
 from bmm.search.stopping import Stopper
 
-Evaluate = Callable[[Hyperparameters], Mapping[str, float]]
 OnTrial = Callable[[Trial, Trial | None], None]
 
 _IDENTITY = "search"
@@ -26,7 +27,7 @@ _IDENTITY = "search"
 def run_study(
     database: StudyDatabase,
     space: Space,
-    evaluate: Evaluate,
+    evaluate: Evaluate | Executor,
     *,
     reference: Mapping[str, float],
     budget: int,
@@ -53,9 +54,13 @@ def run_study(
     and the trial is stopped where the probability that it becomes the best falls below that value
     (`bmm.search.stopping`): give a mapping that scores a task when it is read.
 
+    ``evaluate`` may also be an `Executor`, whose workers evaluate several trials at a time. Suggestions are then made
+    while others are pending, and which rows they see depends on the order in which trials end. A trial whose worker is
+    lost is evaluated again under its number, and fails where that happens twice.
+
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
-    each evaluation; ``should_stop`` is asked before each.
+    each evaluation; ``should_stop`` is asked before each, and lets those that run come to their end.
 
     Raises `RecipeError` for a reference, weight, goal, budget or engine that makes no sense, `StudyError` where the
     database holds another search (another seed, space, reference, goal, engine, ...) or where anchor and default both
@@ -81,20 +86,28 @@ def run_study(
             "a study can be continued with a larger budget, not cut short",
         )
     waiting = [t for t in trials if t.status == "pending"]
-    while not (should_stop is not None and should_stop()):
+
+    def following() -> Trial | None:
         _refuse_dead_start(trials, database)
         if waiting:
-            trial = waiting.pop(0)
-        elif len(trials) < budget:
-            trial = _begin(database, suggester, space, trials)
-            trials.append(trial)
-        else:
-            break
-        outcome = _evaluated(trial, evaluate, aim, stopper, trials)
+            return waiting.pop(0)
+        if len(trials) >= budget:
+            return None
+        trials.append(_begin(database, suggester, space, trials))
+        return trials[-1]
+
+    def job(trial: Trial) -> Job:
+        seen = [t for t in trials if t.status == "completed"] if stopper else []
+        return partial(_evaluated, trial, goal=aim, stopper=stopper, trials=seen)
+
+    def finish(outcome: Trial) -> None:
         database.finish(outcome)
-        trials[trials.index(trial)] = outcome
+        trials[[t.number for t in trials].index(outcome.number)] = outcome
         if on_trial is not None:
             on_trial(outcome, best(trials, aim) if any(t.status == "completed" for t in trials) else None)
+
+    executor = evaluate if isinstance(evaluate, Executor) else InProcess(evaluate)
+    work_through(executor, following, job, finish, should_stop)
     return trials
 
 

@@ -149,6 +149,13 @@ def test_failed_and_pending_rows_are_taken_and_avoided(name):
         assert distance > 1e-3
 
 
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in ("sobol", "cma")])
+def test_before_enough_trials_have_ended_points_are_quasi_random_however_many_are_pending(name):
+    engine, sobol = build_engine(name, SPACE, 7, SHARES), SobolEngine(SPACE, 7)
+    rows = [replace(row, status="pending", objective=None, scores={}) for row in rows_of(SPACE, 2 + 2 * SOBOL_TRIALS)]
+    assert engine.ask(rows) == sobol.ask(rows)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_points_asked_for_while_others_are_pending_all_differ(name):
     rows = rows_of(SPACE, 9)

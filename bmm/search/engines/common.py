@@ -45,7 +45,7 @@ class SobolEngine:
 
 
 class ModelEngine:
-    """``first`` quasi-random points, then whatever `suggest` of a subclass makes of the rows.
+    """Quasi-random points until ``first`` have an objective, then whatever `suggest` of a subclass makes of the rows.
 
     Where that raises, or repeats an earlier point, the suggestion is a Sobol point of another stream, with a notice.
     """
@@ -70,7 +70,8 @@ class ModelEngine:
 
     def ask(self, rows: Sequence[Trial]) -> Suggestion:
         number = next_number(rows)
-        if sum(row.kind == "search" and row.status != "failed" for row in rows) < self.first:
+        # Pending rows tell a model nothing yet: with many workers the quasi-random phase is longer.
+        if sum(row.kind == "search" and row.objective is not None for row in rows) < self.first:
             return self._sobol.ask(rows)
         tried = [self.space.to_unit(self.space.point_of(row.hyperparameters)) for row in rows]
         try:

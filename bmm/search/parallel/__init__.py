@@ -1,0 +1,1 @@
+"""Executors with workers: processes of this machine (`processes`), actors of a Ray cluster (`cluster`)."""
