@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import Analysis, analyse_rows
-from .checkpoint import ModelPool, open_checkpoint
+from .checkpoint import ModelPool, open_model
 from .errors import MergeError, RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
@@ -199,7 +199,7 @@ def evaluate(
         raise RecipeError(f"no split {split!r}", "validation or test")
     chosen = make_recipe(recipe, **keys, **targets(tasks, model))
     run = open_run(chosen, tasks, model, progress)
-    given = checkpoint if isinstance(checkpoint, Mapping) else open_checkpoint(checkpoint, skip=chosen.skip)
+    given = checkpoint if isinstance(checkpoint, Mapping) else open_model(checkpoint, run.pool.base, chosen.skip)
     fitted = ModelPool(run.pool.base, [given], task_names=["checkpoint"])
     fitted.check_finite()
     scores = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import anchors, zoo
-from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
+from .checkpoint import ModelPool, fingerprint_of, open_model
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, swapped
 from .evaluation.outputs import SteadyBatches, task_outputs
@@ -70,6 +70,8 @@ class Run:
         if not base or not experts:
             raise RecipeError("base and experts go together", "give both, or neither for the embedded zoo")
         self.pool = ModelPool.open(base, list(experts.values()), skip=recipe.skip, task_names=list(experts))
+        for notice in self.pool.notices:
+            progress("notice", 1, 1, notice)
         self.recipe = recipe = with_groups(recipe, self.pool)
         self.experts = list(experts)
         unknown = set(recipe.weights) - set(experts)
@@ -193,7 +195,7 @@ class Run:
         name = name or self.recipe.anchor
         knobs = self.recipe.knobs if knobs is None else knobs
         if name.startswith("path:"):
-            given = open_checkpoint(name.removeprefix("path:"), skip=self.recipe.skip)
+            given = open_model(name.removeprefix("path:"), self.pool.base, self.recipe.skip)
             pool = ModelPool(self.pool.base, [given], task_names=["anchor"])
             pool.check_finite()
             return {n: _widen(pool.experts[0][n]) for n in self.pool.names}

@@ -30,7 +30,8 @@ def command(
 ) -> None:
     """Show what checkpoints hold and whether they can be merged: the first is the base, the others experts.
 
-    Without arguments the embedded zoo is shown. Exits with 1 where they disagree.
+    Experts may be PEFT adapters; one can be looked at alone. Without arguments the embedded zoo is shown. Exits with 1
+    where they disagree.
 
     \b
     bmm inspect
@@ -38,7 +39,7 @@ def command(
     bmm inspect models/base models/a --skip 'classifier.*' --groups bands
     """
     from bmm import zoo
-    from bmm.checkpoint import ModelPool, open_checkpoint
+    from bmm.checkpoint import AdapterCheckpoint, ModelPool, is_adapter, open_checkpoint, open_model
     from bmm.groups import role_of, search_groups
     from bmm.merging import matrix_layouts
     from bmm.report import markdown
@@ -47,13 +48,18 @@ def command(
     if not paths:
         found = zoo.find("vit8")
         paths = [str(found.base), *map(str, found.experts.values())]
-    opened = [open_checkpoint(p, skip=skip) for p in paths]
+    if len(paths) == 1 and is_adapter(Path(paths[0])):
+        _show_adapter(paths[0], as_json)
+        return
+    opened = [open_checkpoint(paths[0], skip=skip)]
+    opened += [open_model(p, opened[0], skip) for p in paths[1:]]
     data: dict[str, Any] = {"checkpoints": [_describe(c) for c in opened]}
     cells = [
         [d["path"], str(d["tensors"]), f"{d['parameters'] / 1e6:.2f} M", f"{d['bytes'] / 2**20:.1f}", d["dtypes"]]
         for d in data["checkpoints"]
     ]
     parts = [markdown(["checkpoint", "tensors", "parameters", "MiB", "dtypes"], cells)]
+    parts += [f"{c.path}: {_adapter_line(c.summary)}" for c in opened if isinstance(c, AdapterCheckpoint)]
     if len(opened) > 1:
         pool = ModelPool(opened[0], opened[1:], task_names=_names(paths[1:]))
         pool.check_finite()
@@ -74,6 +80,7 @@ def command(
             f"base and {len(opened) - 1} experts agree in {len(pool.names)} tensors; all values finite",
             markdown(["group", "modules", "parameters", "tau / w0 (norms)", "first"], rows),
         ]
+        parts += [f"note: {notice}" for notice in pool.notices]
         if pool.tied:
             parts.append("tied: " + "; ".join(" = ".join(t) for t in pool.tied))
     emit("\n\n".join(parts), data, as_json)
@@ -82,6 +89,31 @@ def command(
 def _names(paths: list[str]) -> list[str]:
     names = [Path(p).stem for p in paths]
     return names if len(set(names)) == len(names) else paths
+
+
+def _show_adapter(path: str, as_json: bool) -> None:
+    from bmm.checkpoint import describe_adapter
+    from bmm.report import markdown
+
+    found = describe_adapter(path)
+    cells = [[path, str(found["tensors"]), f"{found['parameters'] / 1e6:.2f} M", f"{found['bytes'] / 2**20:.1f}"]]
+    text = [
+        markdown(["adapter", "tensors", "parameters", "MiB"], cells),
+        _adapter_line(found),
+        f"trained on {found['base'] or 'a base it does not name'}; give that base first to see what it changes",
+    ]
+    emit("\n\n".join(text), {"adapter": {"path": path, **found}}, as_json)
+
+
+def _adapter_line(found: dict[str, Any]) -> str:
+    """An adapter in a line: kind, ranks, scaling, and what else it changes."""
+    numbers = {key: ", ".join(f"{x:g}" for x in found[key]) for key in ("ranks", "scalings")}
+    parts = [f"{found['kind']}, rank {numbers['ranks']}, scaling {numbers['scalings']}, {found['modules']} modules"]
+    if found["full_tensors"]:
+        parts.append(f"{len(found['full_tensors'])} tensors in full ({', '.join(found['full_tensors'][:3])} ...)")
+    if found["trained_tokens"]:
+        parts.append(f"trained tokens of {', '.join(found['trained_tokens'])}")
+    return "; ".join(parts)
 
 
 def _describe(checkpoint: Any) -> dict[str, Any]:
@@ -93,7 +125,7 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "parameters": sum(i.numel for i in infos),
         "bytes": checkpoint.nbytes,
         "dtypes": ", ".join(kinds),
-    }
+    } | ({"adapter": checkpoint.summary} if hasattr(checkpoint, "summary") else {})
 
 
 def _relative_change(pool: Any, names: list[str]) -> float:

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, WriteError, did_you_mean
 from ..linalg import all_finite
 from .agreement import TiedView, align, info_of, require_tensors, ties_of
 from .formats import TensorInfo, fingerprint_tensors
+from .opening import open_model
 from .reader import Checkpoint, open_checkpoint
 
 Value = TypeVar("Value")
@@ -65,8 +66,12 @@ class ModelPool:
         skip: Sequence[str] = (),
         task_names: Sequence[str] | None = None,
     ) -> ModelPool:
-        """Open the checkpoints and pool them; a ``skip`` pattern that matches no name of any of them is an error."""
-        opened = [open_checkpoint(path, skip) for path in (base, *experts)]
+        """Open the checkpoints and pool them; a ``skip`` pattern that matches no name of any of them is an error.
+
+        An expert may be a PEFT adapter on the base: see `open_adapter`.
+        """
+        start = open_checkpoint(base, skip)
+        opened = [start, *(open_model(path, start, skip) for path in experts)]
         for pattern in skip:
             if not any(fnmatch.fnmatchcase(name, pattern) for checkpoint in opened for name in checkpoint.skipped):
                 raise CheckpointError(
@@ -74,6 +79,12 @@ class ModelPool:
                     "leave the pattern out, or see `bmm inspect` for the names",
                 )
         return cls(opened[0], opened[1:], task_names)
+
+    @property
+    def notices(self) -> list[str]:
+        """What the opened models give reason to say, such as an adapter that names another base."""
+        opened = [source for source in self.experts if isinstance(source, Checkpoint)]
+        return [notice for source in opened for notice in source.notices]
 
     def __len__(self) -> int:
         """T, the number of experts."""
