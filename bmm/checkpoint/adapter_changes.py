@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
 from .adapter_config import CONFIG, MERGE_WITH_PEFT, AdapterConfig, lies_in
-from .adapter_names import Parts, orientation
+from .adapter_names import Parts, Rule, orientation
 from .formats import TensorFile, some
 from .low_rank import Change, Factor, LowRank, Rows, Shifted, Stored
 from .reader import Checkpoint
@@ -23,16 +23,17 @@ class Builder:
 
     def __init__(
         self, folder: Path, base: Checkpoint, adapter: TensorFile, config: AdapterConfig, parts: Parts,
-        to_base: Callable[[str], str], tied: tuple[str, ...],
+        rule: Rule, tied: tuple[str, ...],
     ) -> None:  # fmt: skip
         self.folder, self.base, self.adapter, self.config, self.parts = folder, base, adapter, config, parts
-        self.to_base, self.tied = to_base, tied
+        self.to_base, self.to_peft, self.tied = rule.to_base, rule.to_peft, tied
 
     def changes(self) -> dict[str, Change]:
         """Changes by the base's names; those of a tied weight are one, under each of its stored names."""
         found: dict[str, Change] = {}
         for name, stored in self.parts.full.items():
-            found[self.to_base(name)] = Stored(self.adapter, stored)
+            if not self._is_second_name(name):
+                found[self.to_base(name)] = Stored(self.adapter, stored)
         turned = self._turned()
         for module, kinds in self.parts.lora.items():
             found |= self._lora(module, kinds, module in turned)
@@ -58,8 +59,9 @@ class Builder:
             )
         adapted = {self.to_base(m): m for m in parts.lora}
         stored = {n.removesuffix(".weight") for n in self.base.names if n.endswith(".weight")}
-        back = self._back(adapted)
-        absent = [m for m in sorted(stored - set(adapted)) if config.targets != "all-linear" and self._due(back(m), m)]
+        absent = [
+            m for m in sorted(stored - set(adapted)) if config.targets != "all-linear" and self._due(self.to_peft(m), m)
+        ]
         if absent:
             raise self._refused(f"no LoRA for {len(absent)} modules it targets: {some(absent)}", "download it again")
         full = {self.to_base(n) for n in parts.full}
@@ -67,7 +69,7 @@ class Builder:
             module
             for module in config.modules_to_save
             if not any(lies_in(module, n.rpartition(".")[0]) for n in saved)
-            and any(lies_in(module, back(n.rpartition(".")[0])) for n in self.base.names)
+            and any(lies_in(module, self.to_peft(n.rpartition(".")[0])) for n in self.base.names)
         ]
         if config.bias != "none":
             missing += [f"{m}.bias" for m in adapted if f"{m}.bias" in self.base and f"{m}.bias" not in full]
@@ -78,14 +80,12 @@ class Builder:
         weight = self.base.info(f"{stored}.weight")
         return len(weight.shape) > 1 and weight.floating and self.config.is_target(module)
 
-    def _back(self, adapted: Mapping[str, str]) -> Callable[[str], str]:
-        """The base's module names as peft's, where one prefix makes the difference."""
-        ours, theirs = next(iter(adapted.items()), ("", ""))
-        if ours.endswith(theirs):
-            extra = ours.removesuffix(theirs)
-            return lambda name: name.removeprefix(extra)
-        extra = theirs.removesuffix(ours)
-        return lambda name: extra + name
+    def _is_second_name(self, name: str) -> bool:
+        """Whether a bias that the base lacks is an outer module's under a second name: BERT's decoder.bias."""
+        outer, full = f"{name.rpartition('.')[0].rpartition('.')[0]}.bias", self.parts.full
+        if not name.endswith(".bias") or self.to_base(name) in self.base or outer not in full:
+            return False
+        return torch.equal(self.adapter.read(full[name]), self.adapter.read(full[outer]))
 
     def _w0(self, name: str) -> Stored:
         """The weight an adapted module starts from: one saved with the adapter, else the base's."""

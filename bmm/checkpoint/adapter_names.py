@@ -17,6 +17,8 @@ LORA = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:
 TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|base_layer)\.([^.]+)")
 ORIGINAL = re.compile(r"(.+)\.original_module\.([^.]+)")
+NameFinder = Callable[[Path], Mapping[str, str]]
+"""From a checkpoint's path to the model's own name of every stored name; empty where no model can be built."""
 WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
 
 
@@ -68,22 +70,33 @@ def sort_parts(path: Path, names: Iterable[str]) -> Parts:
     return parts
 
 
-def find_rule(path: Path, base: Checkpoint, modules: Iterable[str], heads: Iterable[str] = ()) -> Callable[[str], str]:
-    """How peft's names become the base's: as they are, or by one prefix taken off or put in front.
+@dataclass(frozen=True)
+class Rule:
+    """How peft's names of modules and parameters become the base's, and back."""
+
+    to_base: Callable[[str], str]
+    to_peft: Callable[[str], str]
+
+
+def find_rule(
+    path: Path, base: Checkpoint, modules: Iterable[str], heads: Iterable[str] = (), stored_as: NameFinder | None = None
+) -> Rule:
+    """The `Rule`: names as they are, or one prefix taken off or put in front, or ``stored_as``.
 
     ``modules`` must all have a weight in the base, but for ``heads``, output layers whose weight is the embedding's.
+    ``stored_as`` finds the model's own name of each stored name, for architectures that are stored under other names.
     `CheckpointError` where no rule, or more than one, does it.
     """
     stored = {*base.names, *base.skipped}
     wanted = [m for m in modules if m not in set(heads)]
-    if not wanted:
-        return lambda name: name
 
-    def missing(rule: Callable[[str], str]) -> list[str]:
-        return [m for m in wanted if f"{rule(m)}.weight" not in stored]
+    def missing(rule: Rule) -> list[str]:
+        return [m for m in wanted if f"{rule.to_base(m)}.weight" not in stored]
 
     if not missing(_taken_off("")):
         return _taken_off("")
+    if stored_as is not None and not missing(renamed := _renamed(stored_as(base.path))):
+        return renamed
     parts = wanted[0].split(".")
     rules = {f"without {p}": _taken_off(p) for p in (".".join(parts[:k]) + "." for k in range(1, len(parts)))}
     ending = f".{wanted[0]}.weight"
@@ -94,7 +107,7 @@ def find_rule(path: Path, base: Checkpoint, modules: Iterable[str], heads: Itera
     if fitting:
         raise CheckpointError(
             f"{path}: {wanted[0]} may be more than one of the base's modules: "
-            f"{some(sorted(rule(wanted[0]) for rule in fitting))}",
+            f"{some(sorted(rule.to_base(wanted[0]) for rule in fitting))}",
             "save the base from the model class that the adapter was trained on",
         )
     absent = missing(_taken_off(""))
@@ -123,12 +136,19 @@ def output_modules(names: Iterable[str]) -> list[str]:
     return [name for name in names if role_of(f"x.{name}.weight") == "output"]
 
 
-def _taken_off(prefix: str) -> Callable[[str], str]:
-    return lambda name: name.removeprefix(prefix)
+def _taken_off(prefix: str) -> Rule:
+    return Rule(lambda name: name.removeprefix(prefix), lambda name: prefix + name)
 
 
-def _put_on(prefix: str) -> Callable[[str], str]:
-    return lambda name: prefix + name
+def _put_on(prefix: str) -> Rule:
+    return Rule(lambda name: prefix + name, lambda name: name.removeprefix(prefix))
+
+
+def _renamed(own_of: Mapping[str, str]) -> Rule:
+    """By a table of the model's own names of stored parameters; modules are where their parameters are."""
+    own = dict(own_of) | {a.rpartition(".")[0]: b.rpartition(".")[0] for a, b in own_of.items()}
+    stored = {b: a for a, b in own.items()}
+    return Rule(lambda name: stored.get(name, name), lambda name: own.get(name, name))
 
 
 def orientation(path: Path, shapes: Mapping[str, tuple[tuple[int, ...], int, int]], fan_in_fan_out: bool) -> set[str]:

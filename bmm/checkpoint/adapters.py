@@ -15,7 +15,7 @@ import torch
 from ..errors import CheckpointError
 from .adapter_changes import Builder
 from .adapter_config import CONFIG, AdapterConfig, read_adapter_config
-from .adapter_names import Parts, find_rule, output_modules, sort_parts, tied_names
+from .adapter_names import NameFinder, Parts, find_rule, output_modules, sort_parts, tied_names
 from .formats import TensorFile, fingerprint_tensors, some
 from .layout import inside, side_files
 from .low_rank import AdaptedFile, Change
@@ -91,13 +91,16 @@ def is_adapter(path: Path) -> bool:
     return not full
 
 
-def open_adapter(path: str | Path, base: Checkpoint, skip: Sequence[str] = ()) -> AdapterCheckpoint:
+def open_adapter(
+    path: str | Path, base: Checkpoint, skip: Sequence[str] = (), stored_as: NameFinder | None = None
+) -> AdapterCheckpoint:
     """Open a PEFT LoRA adapter on ``base`` without computing its tensors.
 
     Args:
         path: a folder with adapter_config.json and adapter_model.safetensors (or .bin), or that weight file.
         base: the checkpoint the adapter stands on.
         skip: glob patterns of (the base's) names to leave out.
+        stored_as: asked where the adapter's names, those of a model in memory, are not the base's; see `find_rule`.
 
     Raises `CheckpointError` for an adapter of another kind than LoRA, an option that cannot be honoured, a tensor that
     has no place in the base, a target without tensors, or a broken tie of embedding and output layer.
@@ -113,10 +116,10 @@ def open_adapter(path: str | Path, base: Checkpoint, skip: Sequence[str] = ()) -
     if not parts.lora:  # heads may be new; what is known decides
         known = [m for m in modules if any(n.endswith(f"{m}.weight") for n in base.names)]
         modules = known or modules[:0]
-    to_base = find_rule(folder, base, modules, virtual)
+    rule = find_rule(folder, base, modules, virtual, stored_as)
     summary, saved = summarise(config, parts), list(parts.full)
-    _leave_out(parts, to_base, set(base.skipped))
-    builder = Builder(folder, base, adapter, config, parts, to_base, tied)
+    _leave_out(parts, rule.to_base, set(base.skipped))
+    builder = Builder(folder, base, adapter, config, parts, rule, tied)
     changes = builder.changes()
     builder.require_all_targets(saved)
     names = {*base.names, *base.skipped, *changes}

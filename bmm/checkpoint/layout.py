@@ -133,7 +133,7 @@ def _lone(folder: Path, names: set[str]) -> Path | None:
         return None
     if "adapter_config.json" in names:
         raise CheckpointError(
-            f"{folder}: an adapter, not a model", "give it as an expert, with the base it was trained on"
+            f"{folder}: a LoRA adapter, not a model", "give it as an expert, with the base it was trained on"
         )
     part = PART.search(found[0])
     if part and int(part[2]) > 1:

@@ -13,6 +13,7 @@ from torch import nn
 import bmm
 from bmm.checkpoint import ModelPool, describe_adapter, open_checkpoint, open_model
 from bmm.errors import CheckpointError
+from bmm.loading import stored_as
 from tests import adapters as make
 
 pytest.importorskip("peft")
@@ -235,6 +236,26 @@ def test_the_base_may_be_saved_from_another_class(tmp_path, case):
     assert len(expert.changes) == 4
     for name in expert.changes:
         assert torch.allclose(expert[name], expected[name.removeprefix("bert.")], atol=1e-6), name
+
+
+def test_a_base_that_transformers_stores_under_older_names(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+    def net():
+        torch.manual_seed(0)
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**shape, image_size=16, patch_size=8))
+
+    base = make.save(net(), tmp_path / "base")
+    built = net()
+    targets = [n.rpartition(".")[2] for n, m in built.named_modules() if isinstance(m, nn.Linear)][:2]
+    wrapped = make.adapter(built, tmp_path / "a", target_modules=targets)
+    with make.quiet():
+        wrapped.merge_and_unload().save_pretrained(tmp_path / "full")
+    pool = ModelPool.open(base, [tmp_path / "a", tmp_path / "full"], stored_as=stored_as)
+    assert len(pool.experts[0].changes) == 4
+    for name in pool.names:
+        assert torch.allclose(pool.experts[0][name], pool.experts[1][name], atol=1e-6), name
 
 
 def test_another_architecture_s_adapter_is_refused_with_names(llama, tmp_path):
