@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import Analysis, analyse_rows
-from .checkpoint import ModelPool, open_model
+from .checkpoint import ModelPool
 from .errors import MergeError, RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
@@ -136,6 +136,8 @@ def merge(
         if not plain or out is None:
             raise RecipeError("masks go with a plain merge that is written", "drop lam and study, and give out")
         return merge_masked(chosen, Path(out), overwrite, progress)
+    if chosen.adapter_rank and out is None:
+        raise RecipeError("adapter_rank is for a merge that is written", "give out, or drop adapter_rank")
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
@@ -199,7 +201,7 @@ def evaluate(
         raise RecipeError(f"no split {split!r}", "validation or test")
     chosen = make_recipe(recipe, **keys, **targets(tasks, model))
     run = open_run(chosen, tasks, model, progress)
-    given = checkpoint if isinstance(checkpoint, Mapping) else open_model(checkpoint, run.pool.base, chosen.skip)
+    given = checkpoint if isinstance(checkpoint, Mapping) else run.pool.open_model(checkpoint, chosen.skip)
     fitted = ModelPool(run.pool.base, [given], task_names=["checkpoint"])
     fitted.check_finite()
     scores = []

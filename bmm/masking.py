@@ -30,6 +30,8 @@ def merge_masked(recipe: Recipe, out: Path, overwrite: bool = False, progress: P
     """
     if recipe.anchor not in METHODS:
         raise RecipeError(f"anchor {recipe.anchor} has no masks", f"choose {' or '.join(METHODS)}")
+    if recipe.adapter_rank:
+        raise RecipeError("a merge with masks is no adapter", "drop adapter_rank")
     given = sorted(set(recipe.knobs) - {"mask_strength"})
     if given:
         raise RecipeError(f"{given[0]} has no say in a merge with masks", "drop it: masks stand on the unscaled vector")

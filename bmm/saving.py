@@ -19,7 +19,7 @@ from .search.database import StudyDatabase
 from .statistics import anchor_needs
 from .tuning import load_result, study_file, write_model
 
-KEYS = ("device", "cache", "dtype", "shard_gib")
+KEYS = ("device", "cache", "dtype", "shard_gib", "adapter_rank")
 """The recipe keys that may be given anew: none of them changes what is merged."""
 
 
@@ -40,7 +40,7 @@ def save(
         study: a run's folder, or its study file; finished, interrupted or running.
         trial: its number; without, the study's best.
         tasks, model: as given to `bmm.tune`, where they were objects and not in the recipe.
-        keys: device, cache, dtype or shard_gib in place of the recipe's.
+        keys: device, cache, dtype, shard_gib or adapter_rank in place of the recipe's.
 
     Raises:
         RecipeError: no such trial, one that is not completed, or a key that would change the merge.

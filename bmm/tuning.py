@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .adapting import write_low_rank
 from .checkpoint import Checkpoint, write_checkpoint
+from .checkpoint.heads import write_with_heads
 from .errors import StudyError
 from .evaluation import Task
 from .loading import ModelBuilder
@@ -197,9 +200,21 @@ def finish(
 def write_model(
     run: Run, tensors: StateDict | Any, folder: Path, card: str, *, overwrite: bool, recipe_yaml: str | None = None
 ) -> Path:
-    """Write merged tensors (a mapping or a stream of pairs) as a checkpoint like the base's, with card and recipe."""
-    recipe = run.recipe
+    """Write merged tensors (a mapping or a stream of pairs) as a checkpoint like the base's, or as the adapter that the
+    recipe's ``adapter_rank`` asks for, with card and recipe, and the experts' heads where they are kept."""
     run.pool.refuse_expert(folder)
+    texts = {"README.md": card, "bmm_recipe.yaml": recipe_yaml or run.recipe.to_yaml() or "{}\n"}
+    if not run.pool.heads:
+        return _write_merge(run, tensors, folder, texts, overwrite)
+    inputs = (run.pool.base.path,) if isinstance(run.pool.base, Checkpoint) else ()
+    write = partial(_write_merge, run, tensors, texts=texts, overwrite=False)
+    return write_with_heads(folder, run.pool.heads, overwrite, write, inputs)
+
+
+def _write_merge(run: Run, tensors: StateDict | Any, folder: Path, texts: dict[str, str], overwrite: bool) -> Path:
+    recipe = run.recipe
+    if recipe.adapter_rank:
+        return write_low_rank(run, tensors, folder, texts, overwrite=overwrite)
     pairs = ((n, tensors[n].cpu()) for n in run.pool.names) if isinstance(tensors, dict) else tensors
     return write_checkpoint(
         folder,
@@ -208,7 +223,7 @@ def write_model(
         dtypes=storage_dtype(recipe.dtype),
         tied=run.pool.tied,
         max_shard_bytes=int(recipe.shard_gib * 2**30),
-        extra_files={"README.md": card, "bmm_recipe.yaml": recipe_yaml or recipe.to_yaml() or "{}\n"},
+        extra_files=texts,
         overwrite=overwrite,
         owned=not isinstance(tensors, dict),  # a stream gives each of its tensors away
     )

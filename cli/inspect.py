@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import common
+from .options import common, key_options
 from .output import emit
 
 
@@ -18,12 +18,15 @@ from .output import emit
     "--groups", "scheme", default="depth", help="How modules would be grouped: global, depth, role, bands, module."
 )
 @click.option("--bands", default=4, show_default=True, help="Depth bands.")
+@key_options("vocabulary", "heads")
 @common
 def command(
     checkpoints: tuple[str, ...],
     skip: tuple[str, ...],
     scheme: str,
     bands: int,
+    vocabulary: str | None,
+    heads: str | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -41,6 +44,7 @@ def command(
     from bmm import zoo
     from bmm.checkpoint import AdapterCheckpoint, ModelPool, is_adapter, open_checkpoint, open_model
     from bmm.groups import role_of, search_groups
+    from bmm.loading import stored_as
     from bmm.merging import matrix_layouts
     from bmm.report import markdown
 
@@ -52,7 +56,7 @@ def command(
         _show_adapter(paths[0], as_json)
         return
     opened = [open_checkpoint(paths[0], skip=skip)]
-    opened += [open_model(p, opened[0], skip) for p in paths[1:]]
+    opened += [open_model(p, opened[0], skip, stored_as) for p in paths[1:]]
     data: dict[str, Any] = {"checkpoints": [_describe(c) for c in opened]}
     cells = [
         [d["path"], str(d["tensors"]), f"{d['parameters'] / 1e6:.2f} M", f"{d['bytes'] / 2**20:.1f}", d["dtypes"]]
@@ -60,15 +64,19 @@ def command(
     ]
     parts = [markdown(["checkpoint", "tensors", "parameters", "MiB", "dtypes"], cells)]
     parts += [f"{c.path}: {_adapter_line(c.summary)}" for c in opened if isinstance(c, AdapterCheckpoint)]
+    for checkpoint, entry in zip(opened, data["checkpoints"], strict=True):
+        if entry["heads"]:
+            parts.append(f"{checkpoint.path}: heads: {', '.join(entry['heads'])}")
     if len(opened) > 1:
-        pool = ModelPool(opened[0], opened[1:], task_names=_names(paths[1:]))
+        chosen = (vocabulary or "refuse", heads or "refuse")
+        pool = ModelPool.open(paths[0], paths[1:], skip, _names(paths[1:]), stored_as, *chosen)
         pool.check_finite()
         layouts = matrix_layouts(pool, None)
         groups = search_groups(layouts, scheme, bands)
         rows = []
         for group in dict.fromkeys(groups.values()):
             names = [n for n in groups if groups[n] == group]
-            size = sum(opened[0].info(n).numel for n in names)
+            size = sum(pool.info(n).numel for n in names)
             change = _relative_change(pool, names)
             rows.append([group, str(len(names)), f"{size / 1e6:.2f} M", f"{change:.3f}", names[0]])
         data["groups"] = [
@@ -117,6 +125,8 @@ def _adapter_line(found: dict[str, Any]) -> str:
 
 
 def _describe(checkpoint: Any) -> dict[str, Any]:
+    from bmm.checkpoint.heads import heads_in
+
     infos = [checkpoint.info(n) for n in checkpoint.names]
     kinds = sorted({str(i.dtype).removeprefix("torch.") for i in infos})
     return {
@@ -125,6 +135,7 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "parameters": sum(i.numel for i in infos),
         "bytes": checkpoint.nbytes,
         "dtypes": ", ".join(kinds),
+        "heads": heads_in(checkpoint),
     } | ({"adapter": checkpoint.summary} if hasattr(checkpoint, "summary") else {})
 
 

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     notices: tuple[str, ...] = ()
     """What somebody who merges this should know."""
+    replaced_files: Mapping[str, bytes] = MappingProxyType({})
+    """Contents of side files that a copy gets in place of the folder's."""
 
     def __init__(self, path: Path, holders: Mapping[str, TensorFile], skipped: Sequence[str] = ()) -> None:
         self.path = path
