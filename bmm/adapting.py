@@ -33,6 +33,8 @@ def write_low_rank(
     base = run.pool.base
     if not isinstance(base, Checkpoint):
         raise WriteError("an adapter needs a base on disk", "write a full model")
+    if base.replaced_files:
+        raise WriteError("the merge takes in tokens, and an adapter adds no rows", "vocabulary: base, or a full model")
     write_adapter(
         folder,
         tensors.items() if isinstance(tensors, Mapping) else tensors,

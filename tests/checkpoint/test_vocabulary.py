@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import bmm
 from bmm.checkpoint import ModelPool, open_checkpoint
-from bmm.errors import CheckpointError
+from bmm.errors import CheckpointError, RecipeError, WriteError
 
 WIDTH = 3
 WORDS = ["<unk>", "a", "b", "c", "d"]
@@ -48,7 +48,7 @@ def write(folder, added=(), padding=0, offset=0.0, words=WORDS, files=("tokenize
 
 def merge(base, *experts, **keys):
     named = {e.name: str(e) for e in experts}
-    return bmm.merge({"base": str(base), "experts": named, "anchor": "average"} | keys)
+    return bmm.merge({"base": str(base), "experts": named}, **({"anchor": "average"} | keys))
 
 
 def test_the_default_names_every_token_that_differs(tmp_path):
@@ -133,7 +133,7 @@ def test_padding_alone_is_no_difference(tmp_path):
 def test_without_tokenizers_rows_are_counted_and_refused(tmp_path):
     base, expert = write(tmp_path / "base", files=()), write(tmp_path / "e", added=["<x>"])
     for how in ("refuse", "base", "union"):
-        with pytest.raises(CheckpointError, match="6 rows of embeddings, the base 5 .* the base has no tokenizer"):
+        with pytest.raises(CheckpointError, match=r"6 rows of embeddings, the base 5 .* the base has no tokenizer"):
             ModelPool.open(base, [expert], vocabulary=how)
     with pytest.raises(CheckpointError, match="rows cannot pair them"):
         ModelPool.open(base, [expert], vocabulary="rows")
@@ -174,3 +174,12 @@ def test_a_damaged_tokenizer_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no vocabulary"):
         ModelPool.open(base, [expert])
     assert open_checkpoint(expert).names  # alone it opens: only a merge needs the tokens
+
+
+def test_what_cannot_go_with_new_tokens_is_refused(tmp_path):
+    base, expert = write(tmp_path / "base"), write(tmp_path / "e", added=["<x>"], offset=1.0)
+    with pytest.raises(WriteError, match="an adapter adds no rows"):
+        merge(base, expert, vocabulary="union", adapter_rank=2, out=tmp_path / "out")
+    for keys in ({"vocabulary": "union"}, {"heads": "keep"}):
+        with pytest.raises(RecipeError, match="does not go with masks"):
+            merge(base, expert, anchor="emr", masks=True, out=tmp_path / "out", **keys)
