@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .analysis import Analysis, analyse_rows
-from .checkpoint import ModelPool, open_checkpoint
+from .checkpoint import ModelPool
 from .errors import RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
@@ -138,6 +138,8 @@ def merge(
     plain = lam is None
     if masks and out is not None:
         return merge_masked(chosen, Path(out), overwrite, progress)
+    if chosen.adapter_rank and out is None:
+        raise RecipeError("adapter_rank is for a merge that is written", "give out, or drop adapter_rank")
     if plain and out is not None:
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
@@ -195,7 +197,7 @@ def evaluate(
         raise RecipeError(f"no split {split!r}", "validation or test")
     chosen = make_recipe(recipe, **keys, **targets(tasks, model))
     run = open_run(chosen, tasks, model, progress)
-    given = checkpoint if isinstance(checkpoint, Mapping) else open_checkpoint(checkpoint, skip=chosen.skip)
+    given = checkpoint if isinstance(checkpoint, Mapping) else run.pool.open_model(checkpoint, chosen.skip)
     fitted = ModelPool(run.pool.base, [given], task_names=["checkpoint"])
     fitted.check_finite()
     scores = []

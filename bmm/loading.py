@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoint import ModelPool
+from .checkpoint import Checkpoint, ModelPool
 from .errors import RecipeError
 from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
 from .merging import matrix_layouts
+from .progress import Progress
 from .recipe import Recipe, load_function
 
 ModelBuilder = Callable[[], nn.Module]
@@ -35,6 +36,38 @@ def build_model(builder: ModelBuilder | None, target: str, folder: str | Path) -
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
     return model, names
+
+
+def stored_as(folder: Path) -> dict[str, str]:
+    """The model's own name of every name in a Hugging Face folder; empty where no model can be built of it."""
+    try:
+        return from_transformers(folder, outline=True)[1]
+    except RecipeError:
+        return {}
+
+
+def open_pool(recipe: Recipe, base: str, experts: Mapping[str, str], progress: Progress) -> ModelPool:
+    """Base and experts as the recipe says; what they give reason to say is reported as notices."""
+    pool = ModelPool.open(
+        base, list(experts.values()), recipe.skip, list(experts), stored_as, recipe.vocabulary, recipe.heads
+    )
+    for notice in pool.notices:
+        progress("notice", 1, 1, notice)
+    return pool
+
+
+def fit_vocabulary(model: nn.Module, pool: ModelPool) -> nn.Module:
+    """The model with as many rows of embeddings as a base that ``vocabulary: union`` has extended."""
+    config = pool.base.config if isinstance(pool.base, Checkpoint) and pool.base.replaced_files else {}
+    text = config.get("text_config")
+    rows = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    if rows is None:
+        return model
+    resize = getattr(model, "resize_token_embeddings", None)
+    if not callable(resize):
+        raise RecipeError(f"{type(model).__name__} takes in no tokens", "build it of that size, or vocabulary: base")
+    resize(rows, mean_resizing=False)
+    return model
 
 
 def find_device(name: str) -> torch.device:

@@ -30,6 +30,11 @@ def merge_masked(recipe: Recipe, out: Path, overwrite: bool = False, progress: P
     """
     if recipe.anchor not in METHODS:
         raise RecipeError(f"anchor {recipe.anchor} has no masks", f"choose {' or '.join(METHODS)}")
+    if recipe.adapter_rank:
+        raise RecipeError("a merge with masks is no adapter", "drop adapter_rank")
+    if recipe.heads == "keep" or recipe.vocabulary == "union":
+        key = "heads: keep" if recipe.heads == "keep" else "vocabulary: union"
+        raise RecipeError(f"{key} does not go with masks", "use base: masks stand on the base as it is stored")
     given = sorted(set(recipe.knobs) - {"mask_strength"})
     if given:
         raise RecipeError(f"{given[0]} has no say in a merge with masks", "drop it: masks stand on the unscaled vector")

@@ -15,6 +15,8 @@ import torch
 import yaml
 
 from . import anchors
+from .checkpoint.heads import HEADS
+from .checkpoint.vocabulary import VOCABULARIES
 from .errors import RecipeError, did_you_mean
 from .groups import AUTO, SCHEMES
 from .search.engine import ENGINES
@@ -51,6 +53,18 @@ class Recipe:
     model: str = _key("transformers", "Builds the model: 'transformers' (from the base's config), or FILE.py:FUNCTION.")
     tasks: str = _key("", "FILE.py:FUNCTION (or MODULE:FUNCTION) that returns a list of bmm.Task.")
     skip: tuple[str, ...] = _key((), "Glob patterns of parameters to leave out of the merge (task heads).", many=True)
+    vocabulary: str = _key(
+        "refuse",
+        "Experts whose tokens are not the base's: refuse; rows: pair by row number; base: keep the base's tokens; "
+        "union: take in the experts' added tokens.",
+        choices=VOCABULARIES,
+    )
+    heads: str = _key(
+        "refuse",
+        "Task heads: refuse those that differ; base: keep the base's; keep: as base, and write each expert's own to "
+        "heads/TASK.safetensors.",
+        choices=HEADS,
+    )
     anchor: str = _key(
         "tsv", "The prior: METHOD or METHOD+lines of `bmm anchors`, or path:FOLDER for a merge made elsewhere."
     )
@@ -141,6 +155,9 @@ class Recipe:
         low=0,
     )
     dtype: str = _key("same", "Storage type of the merged checkpoint; same as the base's by default.", choices=DTYPES)
+    adapter_rank: int = _key(
+        0, "Write the merge as a LoRA adapter on the base, of at most this rank; 0: as a full model.", low=0
+    )
     shard_gib: float = _key(4.0, "Largest shard of the merged checkpoint, in GiB.", low=0.000001)
     cache: str = _key("", "Folder for cached Grams and Fishers (default: $BMM_CACHE, else ~/.cache/bmm).")
 

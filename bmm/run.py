@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import anchors, zoo
-from .checkpoint import ModelPool, open_checkpoint
+from .checkpoint import ModelPool
 from .errors import RecipeError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks
 from .evaluation.outputs import SteadyBatches, task_outputs
 from .grams import GramStore, TaskGrams
-from .loading import ModelBuilder, build_model, find_device, with_groups
+from .loading import ModelBuilder, build_model, find_device, fit_vocabulary, open_pool, with_groups
 from .merging import AnchorGrams, PreparedModel, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
@@ -66,7 +66,7 @@ class Run:
             model = model or zoo.model
         if not base or not experts:
             raise RecipeError("base and experts go together", "give both, or neither for the embedded zoo")
-        self.pool = ModelPool.open(base, list(experts.values()), skip=recipe.skip, task_names=list(experts))
+        self.pool = open_pool(recipe, base, experts, progress)
         self.recipe = recipe = with_groups(recipe, self.pool)
         self.experts = list(experts)
         unknown = set(recipe.weights) - set(experts)
@@ -85,7 +85,7 @@ class Run:
         agree = recipe.objective == "agreement"
         self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self._own_scores: dict[str, list[Score]] = {}
-        self._builder = model
+        self.builder = model
         self._skeleton: nn.Module | None = None
         self._in_model: dict[str, str] = {}  # checkpoint name -> model name, where they differ
         self._stored: dict[str, str] = {}  # and back
@@ -96,7 +96,8 @@ class Run:
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
-            model, names = build_model(self._builder, self.recipe.model, self.recipe.base)
+            model, names = build_model(self.builder, self.recipe.model, self.recipe.base)
+            fit_vocabulary(model, self.pool)
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
@@ -191,7 +192,7 @@ class Run:
         knobs = self.recipe.knobs if knobs is None else knobs
         if not name.startswith("path:"):
             return self.anchor_stream(name, knobs, grams, torch.float32, strict, done)
-        given = open_checkpoint(name.removeprefix("path:"), skip=self.recipe.skip)
+        given = self.pool.open_model(name.removeprefix("path:"), self.recipe.skip)
         pool = ModelPool(self.pool.base, [given], task_names=["anchor"])
         pool.check_finite()
         return ((n, _widen(pool.experts[0][n])) for n in self.pool.names if n not in done)
@@ -259,7 +260,7 @@ class Run:
 
     def _transposed(self) -> list[str]:
         """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
-        if self._builder is None and not self.recipe.tasks and not self.tasks:
+        if self.builder is None and not self.recipe.tasks and not self.tasks:
             return []
         modules = self.skeleton.named_modules()
         weights = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]

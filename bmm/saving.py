@@ -22,7 +22,7 @@ from .statistics import anchor_needs
 from .tuning import load_result, study_file
 from .writing import write_model
 
-KEYS = ("device", "cache", "dtype", "shard_gib")
+KEYS = ("device", "cache", "dtype", "shard_gib", "adapter_rank")
 """The recipe keys that may be given anew: none of them changes what is merged."""
 
 
@@ -43,7 +43,7 @@ def save(
         study: a run's folder, or its study file; finished, interrupted or running.
         trial: its number; without, the study's best.
         tasks, model: as given to `bmm.tune`, where they were objects and not in the recipe.
-        keys: device, cache, dtype or shard_gib in place of the recipe's.
+        keys: device, cache, dtype, shard_gib or adapter_rank in place of the recipe's.
 
     Raises:
         RecipeError: no such trial, one that is not completed, or a key that would change the merge.

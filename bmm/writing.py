@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapting import write_low_rank
 from .checkpoint import Checkpoint, write_checkpoint
+from .checkpoint.heads import write_with_heads
 from .errors import MergeError
 from .notation import StateDict
 from .recipe import storage_dtype
@@ -83,20 +85,32 @@ def write_stream(
 def _write(
     run: Run, tensors: Any, folder: Path, card: str, overwrite: bool, owned: bool, key: int | None = None
 ) -> Path:
-    recipe = run.recipe
+    """A checkpoint, or the adapter that the recipe's ``adapter_rank`` asks for; experts' heads where they are kept."""
+    recipe, base = run.recipe, run.pool.base
     run.pool.refuse_expert(folder)
-    return write_checkpoint(
-        folder,
-        tensors,
-        like=run.pool.base if isinstance(run.pool.base, Checkpoint) else None,
-        dtypes=storage_dtype(recipe.dtype),
-        tied=run.pool.tied,
-        max_shard_bytes=int(recipe.shard_gib * 2**30),
-        extra_files={"README.md": card, "bmm_recipe.yaml": recipe.to_yaml() or "{}\n"},
-        overwrite=overwrite,
-        owned=owned,
-        key=key,
-    )
+    texts = {"README.md": card, "bmm_recipe.yaml": recipe.to_yaml() or "{}\n"}
+
+    def write(place: Path, overwrite: bool, key: int | None) -> Path:
+        if recipe.adapter_rank:
+            pairs = tensors(frozenset()) if callable(tensors) else tensors
+            return write_low_rank(run, pairs, place, texts, overwrite=overwrite)
+        return write_checkpoint(
+            place,
+            tensors,
+            like=base if isinstance(base, Checkpoint) else None,
+            dtypes=storage_dtype(recipe.dtype),
+            tied=run.pool.tied,
+            max_shard_bytes=int(recipe.shard_gib * 2**30),
+            extra_files=texts,
+            overwrite=overwrite,
+            owned=owned,
+            key=key,
+        )
+
+    if not run.pool.heads:
+        return write(folder, overwrite, key)
+    inputs = (base.path,) if isinstance(base, Checkpoint) else ()
+    return write_with_heads(folder, run.pool.heads, overwrite, lambda place: write(place, False, None), inputs)
 
 
 def _key(run: Run, point: Hyperparameters | None) -> int | None:

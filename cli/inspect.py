@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import common
+from .options import common, key_options
 from .output import emit
 
 
@@ -18,19 +18,23 @@ from .output import emit
     "--groups", "scheme", default="depth", help="How modules would be grouped: global, depth, role, bands, module."
 )
 @click.option("--bands", default=4, show_default=True, help="Depth bands.")
+@key_options("vocabulary", "heads")
 @common
 def command(
     checkpoints: tuple[str, ...],
     skip: tuple[str, ...],
     scheme: str,
     bands: int,
+    vocabulary: str | None,
+    heads: str | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
 ) -> None:
     """Show what checkpoints hold and whether they can be merged: the first is the base, the others experts.
 
-    Without arguments the embedded zoo is shown. Exits with 1 where they disagree.
+    Experts may be PEFT adapters; one can be looked at alone. Without arguments the embedded zoo is shown. Exits with 1
+    where they disagree.
 
     \b
     bmm inspect
@@ -38,8 +42,9 @@ def command(
     bmm inspect models/base models/a --skip 'classifier.*' --groups bands
     """
     from bmm import zoo
-    from bmm.checkpoint import ModelPool, open_checkpoint
+    from bmm.checkpoint import AdapterCheckpoint, ModelPool, is_adapter, open_checkpoint, open_model
     from bmm.groups import role_of, search_groups
+    from bmm.loading import stored_as
     from bmm.merging import matrix_layouts
     from bmm.report import markdown
 
@@ -47,22 +52,31 @@ def command(
     if not paths:
         found = zoo.find("vit8")
         paths = [str(found.base), *map(str, found.experts.values())]
-    opened = [open_checkpoint(p, skip=skip) for p in paths]
+    if len(paths) == 1 and is_adapter(Path(paths[0])):
+        _show_adapter(paths[0], as_json)
+        return
+    opened = [open_checkpoint(paths[0], skip=skip)]
+    opened += [open_model(p, opened[0], skip, stored_as) for p in paths[1:]]
     data: dict[str, Any] = {"checkpoints": [_describe(c) for c in opened]}
     cells = [
         [d["path"], str(d["tensors"]), f"{d['parameters'] / 1e6:.2f} M", f"{d['bytes'] / 2**20:.1f}", d["dtypes"]]
         for d in data["checkpoints"]
     ]
     parts = [markdown(["checkpoint", "tensors", "parameters", "MiB", "dtypes"], cells)]
+    parts += [f"{c.path}: {_adapter_line(c.summary)}" for c in opened if isinstance(c, AdapterCheckpoint)]
+    for checkpoint, entry in zip(opened, data["checkpoints"], strict=True):
+        if entry["heads"]:
+            parts.append(f"{checkpoint.path}: heads: {', '.join(entry['heads'])}")
     if len(opened) > 1:
-        pool = ModelPool(opened[0], opened[1:], task_names=_names(paths[1:]))
+        chosen = (vocabulary or "refuse", heads or "refuse")
+        pool = ModelPool.open(paths[0], paths[1:], skip, _names(paths[1:]), stored_as, *chosen)
         pool.check_finite()
         layouts = matrix_layouts(pool, None)
         groups = search_groups(layouts, scheme, bands)
         rows = []
         for group in dict.fromkeys(groups.values()):
             names = [n for n in groups if groups[n] == group]
-            size = sum(opened[0].info(n).numel for n in names)
+            size = sum(pool.info(n).numel for n in names)
             change = _relative_change(pool, names)
             rows.append([group, str(len(names)), f"{size / 1e6:.2f} M", f"{change:.3f}", names[0]])
         data["groups"] = [
@@ -74,6 +88,7 @@ def command(
             f"base and {len(opened) - 1} experts agree in {len(pool.names)} tensors; all values finite",
             markdown(["group", "modules", "parameters", "tau / w0 (norms)", "first"], rows),
         ]
+        parts += [f"note: {notice}" for notice in pool.notices]
         if pool.tied:
             parts.append("tied: " + "; ".join(" = ".join(t) for t in pool.tied))
     emit("\n\n".join(parts), data, as_json)
@@ -84,7 +99,34 @@ def _names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
+def _show_adapter(path: str, as_json: bool) -> None:
+    from bmm.checkpoint import describe_adapter
+    from bmm.report import markdown
+
+    found = describe_adapter(path)
+    cells = [[path, str(found["tensors"]), f"{found['parameters'] / 1e6:.2f} M", f"{found['bytes'] / 2**20:.1f}"]]
+    text = [
+        markdown(["adapter", "tensors", "parameters", "MiB"], cells),
+        _adapter_line(found),
+        f"trained on {found['base'] or 'a base it does not name'}; give that base first to see what it changes",
+    ]
+    emit("\n\n".join(text), {"adapter": {"path": path, **found}}, as_json)
+
+
+def _adapter_line(found: dict[str, Any]) -> str:
+    """An adapter in a line: kind, ranks, scaling, and what else it changes."""
+    numbers = {key: ", ".join(f"{x:g}" for x in found[key]) for key in ("ranks", "scalings")}
+    parts = [f"{found['kind']}, rank {numbers['ranks']}, scaling {numbers['scalings']}, {found['modules']} modules"]
+    if found["full_tensors"]:
+        parts.append(f"{len(found['full_tensors'])} tensors in full ({', '.join(found['full_tensors'][:3])} ...)")
+    if found["trained_tokens"]:
+        parts.append(f"trained tokens of {', '.join(found['trained_tokens'])}")
+    return "; ".join(parts)
+
+
 def _describe(checkpoint: Any) -> dict[str, Any]:
+    from bmm.checkpoint.heads import heads_in
+
     infos = [checkpoint.info(n) for n in checkpoint.names]
     kinds = sorted({str(i.dtype).removeprefix("torch.") for i in infos})
     return {
@@ -93,7 +135,8 @@ def _describe(checkpoint: Any) -> dict[str, Any]:
         "parameters": sum(i.numel for i in infos),
         "bytes": checkpoint.nbytes,
         "dtypes": ", ".join(kinds),
-    }
+        "heads": heads_in(checkpoint),
+    } | ({"adapter": checkpoint.summary} if hasattr(checkpoint, "summary") else {})
 
 
 def _relative_change(pool: Any, names: list[str]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import ANCHOR, BMM, GRAMS, INPUT, OUTPUT, RUNTIME, common, load_recipe, recipe_options
-from .output import Console, emit
+from .output import Console, emit, written
 
 
 @click.command("merge")
@@ -61,4 +61,5 @@ def command(
     )
     with Console(quiet) as console:
         path = merge(lam=lam, rho=rho, out=out, overwrite=overwrite, masks=masks, progress=console.stage, **source)
-    emit(f"merged checkpoint: {path}", {"checkpoint": str(path)}, as_json)
+    line, found = written(path)
+    emit(f"merged checkpoint: {path}{line}", {"checkpoint": str(path)} | found, as_json)

@@ -12,12 +12,12 @@ import yaml
 from bmm.errors import RecipeError
 from bmm.recipe import Recipe
 
-INPUT = ("zoo", "base", "experts", "model", "tasks", "skip")
+INPUT = ("zoo", "base", "experts", "model", "tasks", "skip", "vocabulary", "heads")
 RUNTIME = ("device", "autocast", "max_memory", "cache")
 GRAMS = ("calibration", "batch_size", "inputs", "norms")
 ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
-OUTPUT = ("dtype", "shard_gib")
+OUTPUT = ("dtype", "shard_gib", "adapter_rank")
 SEARCH = (
     "log10_lam", "rho", "search", "objective", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
     "workers", "executor", "seed", "out",

@@ -126,3 +126,14 @@ class Console:
 def emit(text: str, data: Any, as_json: bool) -> None:
     """The result on standard output: text for people, JSON for programs."""
     click.echo(json.dumps(data, indent=1) if as_json else text.rstrip("\n"))
+
+
+def written(path: Any) -> tuple[str, dict[str, Any]]:
+    """A line and JSON entries on what an adapter written to ``path`` keeps; empty for a full model."""
+    from bmm.checkpoint.adapter_writer import read_truncation
+
+    found = read_truncation(path)
+    if found is None:
+        return "", {}
+    kept = f"{100 * found['energy']:.4g} % of the squared change, relative error {found['error']:.3g}"
+    return f"\nadapter of rank {found['rank']}: keeps {kept} (each module: truncation.json)", {"adapter": found}

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import OUTPUT, collected, common, key_options
-from .output import Console, emit
+from .output import Console, emit, written
 
 
 @click.command("save")
@@ -38,4 +38,5 @@ def command(
 
     with Console(quiet) as console:
         path = save(study, trial, out=out, overwrite=overwrite, progress=console.stage, **collected(values))
-    emit(f"saved checkpoint: {path}", {"checkpoint": str(path)}, as_json)
+    line, found = written(path)
+    emit(f"saved checkpoint: {path}{line}", {"checkpoint": str(path)} | found, as_json)

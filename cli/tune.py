@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .options import ANCHOR, BMM, GRAMS, INPUT, OUTPUT, RUNTIME, SEARCH, collected, common, load_recipe, recipe_options
-from .output import Console, emit
+from .output import Console, emit, written
 
 
 @click.command("tune")
@@ -60,7 +60,8 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
         else:
             click.echo("interrupted before the first trial; run the same command again", err=True)
         raise SystemExit(1) from None
-    emit(text_report(result), result.to_json(), as_json)
+    line, found = written(result.paths["checkpoint"])
+    emit(text_report(result).rstrip() + line, result.to_json() | found, as_json)
 
 
 def _budget_of(folder: str, given: dict[str, Any]) -> int:

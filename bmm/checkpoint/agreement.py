@@ -155,7 +155,7 @@ def _skip_hint(names: Sequence[str]) -> str:
     if not 0 < len(patterns) <= 3:
         return ""
     quoted = ", ".join(f'"{pattern}"' for pattern in patterns)
-    return f"if these belong to a head that is not to be merged: skip: [{quoted}]"
+    return f"if these belong to a head that is not to be merged: heads: base or keep, or skip: [{quoted}]"
 
 
 def _pattern(name: str) -> str:

@@ -38,8 +38,8 @@ def writing(folder: Path) -> Iterator[None]:
 def destination(folder: str | Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> Path:
     """The resolved folder, once it is clear that it may be written; `WriteError` if not.
 
-    ``overwrite`` replaces a folder of model files only: one with sub-folders, or without weights, is somebody's other
-    work. A folder that is or holds one of ``inputs`` is refused whatever ``overwrite`` says.
+    ``overwrite`` replaces a folder of model files only: one with sub-folders (other than heads), or without weights, is
+    somebody's other work. A folder that is or holds one of ``inputs`` is refused whatever ``overwrite`` says.
     """
     with writing(Path(folder)):
         target = Path(folder).expanduser().resolve()
@@ -55,7 +55,7 @@ def destination(folder: str | Path, overwrite: bool, inputs: tuple[Path, ...] = 
         if entries and not overwrite:
             raise WriteError(f"{target}: the folder is not empty", "give another folder, or ask to overwrite it")
         weights = any(entry.name.endswith((".safetensors", ".bin")) for entry in entries)
-        if entries and (not weights or any(entry.is_dir() for entry in entries)):
+        if entries and (not weights or any(entry.is_dir() and entry.name != "heads" for entry in entries)):
             raise WriteError(
                 f"{target}: holds more, or other, than a model's files and is not overwritten", "remove it yourself"
             )

@@ -132,7 +132,9 @@ def _lone(folder: Path, names: set[str]) -> Path | None:
     if not found:
         return None
     if "adapter_config.json" in names:
-        raise CheckpointError(f"{folder}: a LoRA adapter, not a model", "merge it into its base with peft first")
+        raise CheckpointError(
+            f"{folder}: a LoRA adapter, not a model", "give it as an expert, with the base it was trained on"
+        )
     part = PART.search(found[0])
     if part and int(part[2]) > 1:
         raise CheckpointError(f"{folder}: shards without their *.safetensors.index.json", "download the index too")

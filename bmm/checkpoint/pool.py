@@ -14,9 +14,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError, WriteError, did_you_mean
 from ..linalg import all_finite
+from .adapter_names import NameFinder
 from .agreement import TiedView, align, info_of, require_tensors, ties_of
 from .formats import TensorInfo, fingerprint_tensors
+from .heads import Heads, separate_heads
+from .opening import open_model
 from .reader import Checkpoint, open_checkpoint
+from .vocabulary import align_vocabularies
 
 Value = TypeVar("Value")
 
@@ -56,6 +60,10 @@ class ModelPool:
         """The experts, each with exactly the base's names."""
         self.aliases: dict[str, str] = {name: group[0] for group in self.tied for name in group[1:]}
         """Tied name -> the name under which the weight is merged."""
+        self.heads: Heads = {}
+        """The experts' own heads by task, where they are to be kept beside the merge."""
+        self._stored_as: NameFinder | None = None
+        self._notices: list[str] = []
 
     @classmethod
     def open(
@@ -64,16 +72,44 @@ class ModelPool:
         experts: Sequence[str | Path],
         skip: Sequence[str] = (),
         task_names: Sequence[str] | None = None,
+        stored_as: NameFinder | None = None,
+        vocabulary: str = "refuse",
+        heads: str = "refuse",
     ) -> ModelPool:
-        """Open the checkpoints and pool them; a ``skip`` pattern that matches no name of any of them is an error."""
-        opened = [open_checkpoint(path, skip) for path in (base, *experts)]
+        """Open the checkpoints and pool them; a ``skip`` pattern that matches no name of any of them is an error.
+
+        An expert may be a PEFT adapter on the base, for whose names ``stored_as`` is: see `open_adapter`. For
+        ``vocabulary`` see `align_vocabularies`, for ``heads`` `separate_heads`.
+        """
+        start = open_checkpoint(base, skip)
+        opened = [start, *(open_model(path, start, skip, stored_as) for path in experts)]
         for pattern in skip:
             if not any(fnmatch.fnmatchcase(name, pattern) for checkpoint in opened for name in checkpoint.skipped):
                 raise CheckpointError(
                     f"skip: {pattern!r} matches no tensor of the base or the experts",
                     "leave the pattern out, or see `bmm inspect` for the names",
                 )
-        return cls(opened[0], opened[1:], task_names)
+        tasks = _task_names(opened[1:], task_names)
+        labels = [_label(f"expert {t!r}", e) for t, e in zip(tasks, opened[1:], strict=True)]
+        aligned, views, notices = align_vocabularies(start, opened[1:], labels, vocabulary)
+        kept: Heads = {}
+        if heads != "refuse":
+            views, kept, more = separate_heads(aligned, views, tasks)
+            notices += more
+        pool = cls(aligned, views, tasks)
+        pool._stored_as, pool._notices = stored_as, notices
+        pool.heads = kept if heads == "keep" else {}
+        return pool
+
+    def open_model(self, path: str | Path, skip: Sequence[str] = ()) -> Checkpoint:
+        """A further model of this base, full or an adapter."""
+        return open_model(path, self.base, skip, self._stored_as)
+
+    @property
+    def notices(self) -> list[str]:
+        """What the opened models give reason to say, such as an adapter that names another base."""
+        opened = [source for source in self.experts if isinstance(source, Checkpoint)]
+        return [*(notice for source in opened for notice in source.notices), *self._notices]
 
     def __len__(self) -> int:
         """T, the number of experts."""
@@ -130,9 +166,9 @@ class ModelPool:
 
     def stamp(self) -> str:
         """SHA-256 over paths, sizes and modification times of all weight files: tells edited checkpoints apart without
-        reading them. Empty where a model is in memory."""
+        reading them. Empty where a model is in memory or put together from several files."""
         sources = [source.source if isinstance(source, TiedView) else source for source in (self.base, *self.experts)]
-        if not all(isinstance(source, Checkpoint) for source in sources):
+        if not all(type(source) is Checkpoint for source in sources):
             return ""
         stamps = [source.stamp() for source in sources if isinstance(source, Checkpoint)]
         return hashlib.sha256("\n".join(["bmm stamp 1", *stamps]).encode()).hexdigest()

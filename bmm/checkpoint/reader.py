@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ class Checkpoint(Mapping[str, Tensor]):
     owns the result. ``len``, ``in``, iteration, `info` and `nbytes` read no tensor.
     """
 
+    notices: tuple[str, ...] = ()
+    """What somebody who merges this should know."""
+    replaced_files: Mapping[str, bytes] = MappingProxyType({})
+    """Contents of side files that a copy gets in place of the folder's."""
+
     def __init__(self, path: Path, holders: Mapping[str, TensorFile], skipped: Sequence[str] = ()) -> None:
         self.path = path
         self.names: tuple[str, ...] = tuple(sorted(holders))
@@ -32,11 +38,11 @@ class Checkpoint(Mapping[str, Tensor]):
         self._holders = dict(holders)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._holder(name).read(name)
+        return self.holder(name).read(name)
 
     def piece(self, name: str, start: int, stop: int) -> Tensor:
         """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), reading no others."""
-        return self._holder(name).read_piece(name, start, stop)
+        return self.holder(name).read_piece(name, start, stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -52,7 +58,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor, from the header."""
-        return self._holder(name).infos[name]
+        return self.holder(name).infos[name]
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +101,8 @@ class Checkpoint(Mapping[str, Tensor]):
         infos = {name: self.info(name) for name in self.names}
         return union([*present, *declared_groups(self.config, infos, self.__getitem__)])
 
-    def _holder(self, name: str) -> TensorFile:
+    def holder(self, name: str) -> TensorFile:
+        """The file that holds a tensor."""
         try:
             return self._holders[name]
         except KeyError:
@@ -119,7 +126,7 @@ def open_checkpoint(path: str | Path, skip: Sequence[str] = ()) -> Checkpoint:
     path = Path(path).expanduser()
     layout = find_layout(path)
     holders: dict[str, TensorFile] = {}
-    for file in (_open_file(file) for file in layout.files):
+    for file in (open_file(file) for file in layout.files):
         for name in file.infos:
             if name in holders:
                 raise CheckpointError(
@@ -137,7 +144,8 @@ def open_checkpoint(path: str | Path, skip: Sequence[str] = ()) -> Checkpoint:
     return checkpoint
 
 
-def _open_file(path: Path) -> TensorFile:
+def open_file(path: Path) -> TensorFile:
+    """One weight file, by its ending."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 

@@ -38,9 +38,9 @@ def declared_groups(
 
     Reads only the candidates, two at a time. A declared pair that differs is not tied: merging it once would lose one.
     """
-    if not _declares_ties(config):
+    if not declares_ties(config):
         return ()
-    candidates = [name for name, info in sorted(infos.items()) if len(info.shape) == 2 and _role(name)]
+    candidates = [name for name, info in sorted(infos.items()) if len(info.shape) == 2 and role_of(name)]
     groups: list[list[str]] = []
     for name in candidates:
         for group in groups:
@@ -49,7 +49,7 @@ def declared_groups(
                 break
         else:
             groups.append([name])
-    return tuple(tuple(g) for g in groups if {"input", "output"} <= {_role(name) for name in g})
+    return tuple(tuple(g) for g in groups if {"input", "output"} <= {role_of(name) for name in g})
 
 
 def union(groups: Iterable[Iterable[str]]) -> Groups:
@@ -64,12 +64,13 @@ def union(groups: Iterable[Iterable[str]]) -> Groups:
     return tuple(sorted(tuple(sorted(names)) for names in joined if len(names) > 1))
 
 
-def _declares_ties(config: Mapping[str, Any]) -> bool:
+def declares_ties(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that input embeddings and output layer are one."""
     sections = [config, *(config.get(key) for key in ("text_config", "decoder", "llm_config"))]
     return any(isinstance(s, Mapping) and s.get("tie_word_embeddings") is True for s in sections)
 
 
-def _role(name: str) -> str:
+def role_of(name: str) -> str:
     """ "input" or "output" for the weight of an embedding or an output layer, else ""."""
     parts = name.split(".")
     if parts[-1] != "weight" or len(parts) < 2:

@@ -169,12 +169,14 @@ def _copy_side_files(like: Checkpoint, folder: Path, dtypes: set[torch.dtype]) -
         copy = folder / source.name
         shutil.copyfile(source, copy)
         sync(copy)
+    for name, content in like.replaced_files.items():
+        _write(folder / name, content)
     keys = [key for key in ("dtype", "torch_dtype") if key in like.config]
-    if len(dtypes) == 1 and keys:
-        stored = str(next(iter(dtypes))).removeprefix("torch.")
-        if any(like.config[key] != stored for key in keys):
-            config = dict(like.config) | dict.fromkeys(keys, stored)
-            _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    stored = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else ""
+    changed = [key for key in keys if stored and like.config[key] != stored]
+    if changed or (like.replaced_files and like.config):
+        config = dict(like.config) | dict.fromkeys(changed, stored)
+        _write(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _write(path: Path, content: bytes) -> None:

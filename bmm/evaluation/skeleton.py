@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import nn
 from ..errors import RecipeError
 
 
-def from_transformers(folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
+def from_transformers(folder: str | Path, outline: bool = False) -> tuple[nn.Module, dict[str, str]]:
     """The architecture named in ``folder/config.json``, with untrained weights, and `stored_names` of it.
+
+    ``outline``: on the meta device, where it takes no memory and computes nothing.
 
     Raises:
         RecipeError: no config, no architecture in it, transformers not installed, or it does not know the class.
@@ -34,7 +37,8 @@ def from_transformers(folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", hint)
-    model = kind(kind.config_class.from_pretrained(str(folder)))
+    with torch.device("meta") if outline else contextlib.nullcontext():
+        model = kind(kind.config_class.from_pretrained(str(folder)))
     return model, stored_names(model)
 
 

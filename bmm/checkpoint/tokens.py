@@ -1,0 +1,106 @@
+"""Which token each embedding row belongs to, from the tokenizer files in a checkpoint's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .formats import read_json, reason
+from .reader import Checkpoint
+
+FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token -> row. ``added`` holds what a tokenizer says of tokens outside its model, by token."""
+
+    rows: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+
+
+def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
+    """The tokens of a checkpoint's folder, None where it has no tokenizer.json, vocab.json or vocab.txt.
+
+    Raises `CheckpointError` for a damaged file, or one that gives two tokens the same row.
+    """
+    files = {file.name: file for file in checkpoint.side_files() if file.name in FILES}
+    if "tokenizer.json" in files:
+        rows, added = _from_tokenizer(files["tokenizer.json"])
+    elif "vocab.json" in files or "vocab.txt" in files:
+        rows, added = _from_vocabulary(files)
+    else:
+        return None
+    path = next(iter(files.values())).parent
+    if not all(type(row) is int and row >= 0 for row in rows.values()):
+        raise CheckpointError(f"{path}: the tokenizer has tokens without a row number", "save it again")
+    if len(set(rows.values())) != len(rows):
+        raise CheckpointError(f"{path}: the tokenizer gives two tokens the same row", "save it again")
+    return Tokens(rows, added)
+
+
+def same_files(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two checkpoints have the same tokenizer files, byte by byte (or none)."""
+    ours, theirs = ({f.name: f for f in c.side_files() if f.name in FILES[:4]} for c in (a, b))
+    return ours.keys() == theirs.keys() and all(
+        ours[n] == theirs[n] or ours[n].read_bytes() == theirs[n].read_bytes() for n in ours
+    )
+
+
+def extended_files(base: Checkpoint, new: Mapping[str, tuple[int, Mapping[str, Any]]]) -> dict[str, bytes]:
+    """The base's tokenizer files with further added tokens: token -> (row, what its own tokenizer says of it)."""
+    files = {file.name: file for file in base.side_files() if file.name in FILES}
+    out: dict[str, Any] = {}
+    if "tokenizer.json" in files:
+        out["tokenizer.json"] = tokenizer = read_json(files["tokenizer.json"], "tokenizer")
+        tokenizer["added_tokens"] = [
+            *(tokenizer.get("added_tokens") or []),
+            *({**_PLAIN, **said, "id": row, "content": token} for token, (row, said) in new.items()),
+        ]
+    if "added_tokens.json" in files or "tokenizer.json" not in files:
+        known = read_json(files["added_tokens.json"], "list of tokens") if "added_tokens.json" in files else {}
+        out["added_tokens.json"] = known | {token: row for token, (row, _) in new.items()}
+    if "tokenizer_config.json" in files:
+        config = read_json(files["tokenizer_config.json"], "tokenizer configuration")
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            said = {str(row): {**_PLAIN, **_without_id(s), "content": t} for t, (row, s) in new.items()}
+            out["tokenizer_config.json"] = config | {"added_tokens_decoder": config["added_tokens_decoder"] | said}
+    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in out.items()}
+
+
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
+def _without_id(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in said.items() if key != "id"}
+
+
+def _from_tokenizer(path: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
+    raw = read_json(path, "tokenizer")
+    model = raw.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    added = {str(entry["content"]): entry for entry in raw.get("added_tokens") or []}
+    if isinstance(vocabulary, list):  # Unigram: [token, score] in order of rows
+        rows = {str(entry[0]): row for row, entry in enumerate(vocabulary)}
+    elif isinstance(vocabulary, Mapping):
+        rows = dict(vocabulary)
+    else:
+        raise CheckpointError(f"{path}: no vocabulary in the tokenizer", "save it again with transformers")
+    return rows | {token: int(entry["id"]) for token, entry in added.items()}, added
+
+
+def _from_vocabulary(files: Mapping[str, Path]) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
+    if "vocab.json" in files:
+        rows: dict[str, int] = dict(read_json(files["vocab.json"], "vocabulary"))
+    else:
+        try:
+            lines = files["vocab.txt"].read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{files['vocab.txt']}: cannot be read ({reason(error)})", "save it again") from None
+        rows = {token.rstrip("\r"): row for row, token in enumerate(lines) if token}
+    further = read_json(files["added_tokens.json"], "list of tokens") if "added_tokens.json" in files else {}
+    return rows | further, {token: {"special": False} for token in further}
