@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +13,26 @@ from .checkpoint import ModelPool
 from .errors import RecipeError
 from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
-from .merging import matrix_layouts
+from .layouts import matrix_layouts
 from .recipe import Recipe, load_function
 
 ModelBuilder = Callable[[], nn.Module]
 
 
-def build_model(builder: ModelBuilder | None, target: str, folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
+def build_model(
+    builder: ModelBuilder | None, target: str, folder: str | Path, stored: Iterable[str] = ()
+) -> tuple[nn.Module, dict[str, str]]:
     """The model to run tensors in, and its own name of every checkpoint name where these differ.
 
     Made by ``builder`` where there is one, else by the function ``target`` (FILE.py:FUNCTION) names, or for
-    "transformers" from ``folder``'s config.json. Raises `RecipeError` where that gives no ``nn.Module``.
+    "transformers" from ``folder``'s config.json, whose weights are ``stored`` under these names. Raises `RecipeError`
+    where that gives no ``nn.Module``.
     """
     names: dict[str, str] = {}
     if builder is not None:
         model = builder()
     elif target == "transformers":
-        model, names = from_transformers(folder)
+        model, names = from_transformers(folder, stored)
     else:
         model = load_function(target, "model")()
     if not isinstance(model, nn.Module):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from . import anchors, zoo
 from .checkpoint import ModelPool, fingerprint_of, open_checkpoint
 from .errors import RecipeError, WriteError
-from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, swapped
+from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, own_names, score_tasks, swapped
 from .evaluation.outputs import SteadyBatches, task_outputs
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
 from .grams.store import flat, source_of
+from .layouts import transposed_weights
 from .loading import ModelBuilder, build_model, find_device, with_groups
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
@@ -99,7 +100,7 @@ class Run:
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
-            model, names = build_model(self._builder, self.recipe.model, self.recipe.base)
+            model, names = build_model(self._builder, self.recipe.model, self.recipe.base, self.pool.base)
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
@@ -118,7 +119,7 @@ class Run:
         store = GramStore(cache_folder(self.recipe) / "grams")
         norms = self.recipe.norms == "regression"
         skeleton = self.skeleton
-        names = {self._in_model.get(n, n) for n in self.pool.float_names}
+        names = own_names(skeleton, self.pool.float_names, self._in_model)
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
@@ -263,13 +264,8 @@ class Run:
         return objective
 
     def _transposed(self) -> list[str]:
-        """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
-        if self._builder is None and not self.recipe.tasks and not self.tasks:
-            return []
-        modules = self.skeleton.named_modules()
-        weights = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]
-        names = [self._stored.get(w, w) for w in weights]
-        return [n for n in names if n in self.pool.base]
+        model = self.skeleton if self._builder or self.recipe.tasks or self.tasks else None
+        return transposed_weights(self.pool, model, self._stored)
 
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
@@ -281,6 +277,7 @@ class Run:
             grams,
             **self._regression(),
             search=recipe.search,
+            transposed=self._transposed(),
             scheme=recipe.groups,
             bands=recipe.bands,
             overrides=recipe.group,

@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
     ["errors", "dominance"],
-    ["notation", "records", "progress"],
+    ["notation", "records", "progress", "roles"],
     ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],
@@ -24,6 +24,8 @@ LAYERS = [
     ["solver"],
     ["norms"],
     ["repool"],
+    ["layouts"],
+    ["inventory"],
     ["evaluation"],
     ["merging"],
     ["sequential"],

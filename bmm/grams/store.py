@@ -28,7 +28,7 @@ from ..errors import GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
 
 Found = TypeVar("Found")
