@@ -42,7 +42,8 @@ class SeparateExperts(nn.ModuleList):
         super().__init__(Expert(hidden, twice // 2, gate_up.dtype) for _ in range(count))
         act = stacked.act_fn
         assert isinstance(act, nn.Module)
-        self.act_fn = act
+        self.act_fn = act  # a child too, though no expert
+        self.num_experts = count
         self._gate: Callable[[Tensor], Tensor] | None = getattr(stacked, "_apply_gate", None)
         stacked._parameters.clear()  # the gate may be a method of it
         self.token_mask: Tensor | None = None
@@ -51,7 +52,8 @@ class SeparateExperts(nn.ModuleList):
         """The weighted sum over each token's experts: (n, hidden), (n, k), (n, k) -> (n, hidden)."""
         out = torch.zeros_like(hidden_states)
         kept = None if self.token_mask is None else self.token_mask.reshape(-1, 1).to(top_k_index.device)
-        for number, expert in enumerate(self):
+        for number in range(self.num_experts):
+            expert = self[number]
             assert isinstance(expert, Expert)
             chosen = top_k_index == number  # (n, k)
             if kept is not None:
