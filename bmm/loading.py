@@ -11,10 +11,11 @@ from torch import nn
 
 from .checkpoint import ModelPool
 from .errors import RecipeError
+from .evaluation import Task
 from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
 from .layouts import matrix_layouts
-from .recipe import Recipe, load_function
+from .recipe import TASK_FILES, Recipe, load_function
 
 ModelBuilder = Callable[[], nn.Module]
 
@@ -38,6 +39,16 @@ def build_model(
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
     return model, names
+
+
+def find_tasks(target: str, base: str | Path) -> list[Task]:
+    """The tasks of a task file, or of a function FILE.py:FUNCTION. Raises `RecipeError` where there are none."""
+    if not target.endswith(TASK_FILES):
+        found: list[Task] = load_function(target, "tasks")()
+        return found
+    from .tasks.file import load_tasks
+
+    return load_tasks(target, base, load_function)
 
 
 def find_device(name: str) -> torch.device:

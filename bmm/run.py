@@ -22,11 +22,11 @@ from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint
 from .grams.store import flat, source_of
 from .layouts import transposed_weights
-from .loading import ModelBuilder, build_model, find_device, with_groups
+from .loading import ModelBuilder, build_model, find_device, find_tasks, with_groups
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
-from .recipe import Recipe, load_function
+from .recipe import Recipe
 from .records import Score
 from .search.goal import Goal, check_names
 from .sequential import MergedInputs
@@ -79,9 +79,9 @@ class Run:
         self.weights = [recipe.weights.get(name, 1.0) for name in self.experts]
         check_names(recipe.floor, recipe.objectives, dict(zip(self.experts, self.weights, strict=True)))
         if tasks is None and recipe.tasks:
-            tasks = load_function(recipe.tasks, "tasks")()
+            tasks = find_tasks(recipe.tasks, base)
         if tasks is None and need_tasks:
-            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.py:FUNCTION")
+            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.yaml or FILE.py:FUNCTION")
         self.tasks: list[Task] = []
         if tasks is not None:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
@@ -104,7 +104,7 @@ class Run:
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
-            check_skeleton(model, list(shapes), shapes)
+            check_skeleton(model, list(shapes), shapes, self.recipe.skip)
             self._skeleton = model.to(self.device).eval().requires_grad_(False)
         return self._skeleton
 

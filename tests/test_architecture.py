@@ -27,7 +27,7 @@ LAYERS = [
     ["layouts"],
     ["inventory"],
     ["evaluation"],
-    ["merging"],
+    ["merging", "tasks"],
     ["sequential"],
     ["search"],
     ["analysis"],
@@ -111,8 +111,8 @@ def test_import_bmm_is_light():
 
 
 def test_using_the_library_loads_no_search_engine():
-    loaded = loaded_after("import bmm; bmm.tune; bmm.Task; bmm.anchors; bmm.solver")
-    assert not loaded & {"ax", "botorch", "gpytorch", "transformers", "plotly"}
+    loaded = loaded_after("import bmm; bmm.tune; bmm.Task; bmm.anchors; bmm.solver; bmm.tasks")
+    assert not loaded & {"datasets", "pyarrow", "PIL", "ax", "botorch", "gpytorch", "transformers", "plotly"}
 
 
 def test_help_loads_no_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -30,11 +31,20 @@ def own_names(model: nn.Module, names: Iterable[str], in_model: Mapping[str, str
     return {own for own in (in_model.get(n, n) for n in names) if own in slots}
 
 
-def check_skeleton(model: nn.Module, names: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a skeleton whose parameters are not exactly the checkpoint's. Raises `RecipeError` naming the first."""
+def check_skeleton(
+    model: nn.Module, names: Sequence[str], shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = ()
+) -> None:
+    """Refuse a skeleton whose parameters are not exactly the checkpoint's. Raises `RecipeError` naming the first.
+
+    It may have parameters that match the patterns ``skip``: these become NaN, for no one to take them for a head.
+    """
     slots = state_slots(model)
     storage = {id(t): n for n, t in slots.items() if n in shapes}
     missing = [n for n, t in slots.items() if n not in shapes and id(t) not in storage]
+    for name in [n for n in missing if any(fnmatch.fnmatchcase(n, pattern) for pattern in skip)]:
+        missing.remove(name)
+        if slots[name].is_floating_point():
+            slots[name].data.fill_(float("nan"))
     extra = [n for n in names if n not in slots and not may_be_absent(model, n)]
     wrong = [n for n in names if n in slots and tuple(slots[n].shape) != tuple(shapes[n])]
     for kind, found in (

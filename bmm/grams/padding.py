@@ -73,7 +73,7 @@ def masked_tokens(model: nn.Module, padding: Padding) -> Iterator[None]:
 
 
 def _mask(given: Any) -> Tensor | None:
-    if not isinstance(given, Tensor) or given.dim() != 2:
+    if not isinstance(given, Tensor) or given.dim() < 2:
         return None
-    mask = given != 0
+    mask = (given != 0).reshape(-1, given.shape[-1])  # (n, options, tokens) reaches the model as (n * options, tokens)
     return None if bool(mask.all()) else mask

@@ -68,7 +68,14 @@ def flat(batches: Any) -> Iterator[Tensor]:
 
 
 def source_of(thing: Any) -> str:
-    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
+    """What the code of a function or of a module's class is, so that changing it invalidates what it produced.
+
+    An object with state of its own says what matters of it in its ``cache_key``.
+    """
+    return f"{_code_of(thing)}{getattr(thing, 'cache_key', '')}"
+
+
+def _code_of(thing: Any) -> str:
     kind = inspect.unwrap(getattr(thing, "func", thing))
     if not inspect.isroutine(kind) and not inspect.isclass(kind):
         kind = type(kind)
