@@ -1,7 +1,9 @@
 """Task files: from data on disk to a tuned merge without code, and what is refused before the first trial."""
 
 import json
+import re
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from bmm.api import make_recipe
 from bmm.errors import RecipeError
 from bmm.recipe import load_function
 from bmm.run import Run
-from bmm.tasks import load_tasks
+from bmm.tasks import KINDS, load_tasks
 from tests.families import save
 from tests.tasks.words import VOCABULARY, save_tokenizer
 
@@ -167,3 +169,16 @@ def test_a_task_file_that_is_not_there(tmp_path):
 def test_paths_of_task_files_are_relative_to_the_recipe(tmp_path):
     recipe = make_recipe({"base": "b", "experts": {"a": "a"}, "tasks": "sub/tasks.yml"}).relative_to(tmp_path)
     assert recipe.tasks == str(tmp_path / "sub" / "tasks.yml")
+
+
+def test_the_examples_of_the_documentation_have_the_keys_of_their_kinds(tmp_path):
+    """docs/tasks.md: every kind has an example, and reading one stops no earlier than at its data."""
+    page = (Path(bmm.__file__).parents[1] / "docs" / "tasks.md").read_text()
+    seen = set()
+    for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        file = tmp_path / "tasks.yaml"
+        file.write_text(text)
+        seen |= {entry["kind"] for entry in yaml.safe_load(text).values()}
+        with pytest.raises(RecipeError, match=r"no data|no tokenizer|head: |no file|lm-evaluation|zero_shot: .*"):
+            load_tasks(file, tmp_path, load_function)
+    assert seen == set(KINDS)
