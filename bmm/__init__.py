@@ -38,12 +38,12 @@ _HOMES = {
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
-_MODULES = {"analysis", "anchors", "grams", "rebasin", "solver"}
+_MODULES = {"analysis", "anchors", "grams", "rebasin", "solver", "tasks"}
 
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align",
     "analyse", "analysis", "anchors", "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study",
-    "merge", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tune",
+    "merge", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tasks", "tune",
 ]  # fmt: skip
 
 

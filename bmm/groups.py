@@ -1,7 +1,6 @@
-"""From parameter names to module roles, depth and search groups.
+"""From parameter names to depth and search groups.
 
-A role is what a module does in its block: q, k, v, o, fc1, fc2, gate, up, down, patch, conv1, ... Names of the
-common libraries are mapped to one vocabulary; an unknown name is its own role. Depth is the index of the block.
+What a module does in its block is its role (`bmm.roles`); depth is the index of the block.
 """
 
 from __future__ import annotations
@@ -13,54 +12,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .errors import RecipeError, did_you_mean
+from .roles import module_of, role_of, roles_of
 
 SCHEMES = ("global", "depth", "role", "bands", "module")
 AUTO = "auto"
 
-# Ordered: the first pattern found at the end of the module's path gives the role.
-_ROLES: tuple[tuple[str, str], ...] = (
-    (r"(attention|attn|self)\.(query|q|q_proj|q_lin|wq)$", "q"),
-    (r"(attention|attn|self)\.(key|k|k_proj|k_lin|wk)$", "k"),
-    (r"(attention|attn|self)\.(value|v|v_proj|v_lin|wv)$", "v"),
-    (r"(selfattention|encdecattention)\.(q|k|v|o)$", r"\2"),
-    (r"(attn|attention)\.(c_attn|qkv|query_key_value|qkv_proj|in_proj|wqkv)$", "qkv"),
-    (r"(attn|attention)\.(c_proj|proj|dense|out_proj|o_proj|o|out_lin|wo)$", "o"),
-    (r"attention\.output\.dense$", "o"),
-    (r"self_attn\.(out_proj|o_proj)$", "o"),
-    (r"intermediate\.dense$", "fc1"),
-    (r"output\.dense$", "fc2"),
-    (r"(mlp|ffn|feed_forward)\.(c_fc|fc1|lin1|wi|w1|dense_h_to_4h|fc_in)$", "fc1"),
-    (r"(mlp|ffn|feed_forward)\.(c_proj|fc2|lin2|wo|w2|dense_4h_to_h|fc_out|proj)$", "fc2"),
-    (r"(densereludense)\.(wi|wi_0)$", "fc1"),
-    (r"(densereludense)\.wi_1$", "up"),
-    (r"(densereludense)\.wo$", "fc2"),
-    (r"(^|\.)(gate|up|down)_proj$", r"\2"),
-    (r"(patch_embed(ding)?s?\.proj(ection)?|patch_embed(ding)?)$", "patch"),
-    (r"(^|\.)(q|k|v|o)_proj$", r"\2"),
-)
-
-
-def module_of(parameter: str) -> str:
-    """'blocks.0.attn.q.weight' -> 'blocks.0.attn.q'; 'attn.in_proj_weight' -> 'attn.in_proj'."""
-    for suffix in (".weight", ".bias"):
-        if parameter.endswith(suffix):
-            return parameter.removesuffix(suffix)
-    return re.sub(r"_(weight|bias)$", "", parameter)
-
-
-def role_of(parameter: str) -> str:
-    """The role of the module a parameter belongs to."""
-    module = module_of(parameter)
-    plain = module.lower()
-    for pattern, role in _ROLES:
-        found = re.search(pattern, plain)
-        if found:
-            return found.expand(role)
-    words = [w for w in module.split(".") if not w.isdigit()]
-    if not words:
-        return module
-    generic = {"dense", "proj", "linear", "fc", "conv", "layer"}
-    return ".".join(words[-2:]) if words[-1].lower() in generic and len(words) > 1 else words[-1]
+__all__ = [
+    "AUTO", "SCHEMES", "automatic_groups", "blocks_of", "depth_of", "module_of", "relative_depths", "role_of",
+    "roles_of", "search_groups",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -87,6 +47,12 @@ def _block(parameter: str) -> _Block | None:
     numbers = [int(found[1]) for word in levels if (found := _NUMBERED.fullmatch(word))]
     chain = ".".join("encoder" if word == "decoder" else word for word in words[:start])
     return _Block(chain, (int("decoder" in words[:start]), *numbers))
+
+
+def blocks_of(parameters: Iterable[str]) -> dict[str, tuple[int, ...] | None]:
+    """Each parameter's block: 0 (encoder, or the only part) or 1 (decoder), then one number a level; None outside."""
+    blocks = {name: _block(name) for name in parameters}
+    return {name: None if block is None else block.place for name, block in blocks.items()}
 
 
 def depth_of(parameter: str) -> int | None:
@@ -187,6 +153,7 @@ def search_groups(
     depth = relative_depths(names)
     depths = sorted({depth[name] for name in names if _block(name)})
     rank = {d: n for n, d in enumerate(depths)}
+    roles = roles_of(names)
 
     def group(name: str) -> str:
         if scheme == "global":
@@ -195,11 +162,11 @@ def search_groups(
             return module_of(name)
         within = _block(name) is not None
         if scheme == "role" or (scheme == "bands" and not within):
-            return role_of(name)
+            return roles[name]
         if not within:
             return "outside"
         band = rank[depth[name]] * min(bands, len(depths)) // len(depths)
-        return f"depth.{band}" if scheme == "depth" else f"{role_of(name)}.{band}"
+        return f"depth.{band}" if scheme == "depth" else f"{roles[name]}.{band}"
 
     groups = {name: group(name) for name in names}
     for pattern, target in (overrides or {}).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,26 +11,30 @@ from torch import nn
 
 from .checkpoint import Checkpoint, ModelPool
 from .errors import RecipeError
+from .evaluation import Task
 from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
-from .merging import matrix_layouts
+from .layouts import matrix_layouts
 from .progress import Progress
-from .recipe import Recipe, load_function
+from .recipe import TASK_FILES, Recipe, load_function
 
 ModelBuilder = Callable[[], nn.Module]
 
 
-def build_model(builder: ModelBuilder | None, target: str, folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
+def build_model(
+    builder: ModelBuilder | None, target: str, folder: str | Path, stored: Iterable[str] = ()
+) -> tuple[nn.Module, dict[str, str]]:
     """The model to run tensors in, and its own name of every checkpoint name where these differ.
 
     Made by ``builder`` where there is one, else by the function ``target`` (FILE.py:FUNCTION) names, or for
-    "transformers" from ``folder``'s config.json. Raises `RecipeError` where that gives no ``nn.Module``.
+    "transformers" from ``folder``'s config.json, whose weights are ``stored`` under these names. Raises `RecipeError`
+    where that gives no ``nn.Module``.
     """
     names: dict[str, str] = {}
     if builder is not None:
         model = builder()
     elif target == "transformers":
-        model, names = from_transformers(folder)
+        model, names = from_transformers(folder, stored)
     else:
         model = load_function(target, "model")()
     if not isinstance(model, nn.Module):
@@ -68,6 +72,16 @@ def fit_vocabulary(model: nn.Module, pool: ModelPool) -> nn.Module:
         raise RecipeError(f"{type(model).__name__} takes in no tokens", "build it of that size, or vocabulary: base")
     resize(rows, mean_resizing=False)
     return model
+
+
+def find_tasks(target: str, base: str | Path) -> list[Task]:
+    """The tasks of a task file, or of a function FILE.py:FUNCTION. Raises `RecipeError` where there are none."""
+    if not target.endswith(TASK_FILES):
+        found: list[Task] = load_function(target, "tasks")()
+        return found
+    from .tasks.file import load_tasks
+
+    return load_tasks(target, base, load_function)
 
 
 def find_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from .checkpoint import ModelPool
 from .errors import GramError, RecipeError, did_you_mean
 from .grams import TaskGrams, datafree, hybrid_parts
 from .groups import search_groups
+from .layouts import matrix, matrix_layouts
 from .norms import PreparedNorm, prepare_norm
 from .notation import StateDict, Tensors
 from .records import Hyperparameters
@@ -148,28 +149,6 @@ class PreparedModel:
         return out
 
 
-def matrix(tensor: Tensor, layout: str) -> Tensor:
-    """A stored weight as (o, i): transformers' Conv1D is transposed, convolutions are flattened, norms one column."""
-    if layout == "norm":
-        return tensor.reshape(-1, 1)
-    return tensor.mT if layout == "conv1d" else tensor.flatten(1)
-
-
-def matrix_layouts(pool: ModelPool, task_grams: Sequence[TaskGrams] | None) -> dict[str, str]:
-    """Weights the solver takes: those with a data Gram, or without data all 2-d and convolution weights."""
-    if task_grams:
-        layouts: dict[str, str] = {}
-        for grams in task_grams:
-            layouts |= {name: grams.layout[name] for name in grams.key_of if name in pool.float_names}
-        return layouts
-    shapes = {name: pool.base[name].shape for name in pool.float_names}
-    return {
-        name: "conv2d" if len(shape) == 4 else "linear"
-        for name, shape in shapes.items()
-        if len(shape) in (2, 4) and name.endswith("weight") and "embed" not in name.lower().split(".")[-2]
-    }
-
-
 class AnchorGrams(Mapping[str, list[Tensor]]):
     """Data Grams by weight name as the statistics-based anchors take them, read where they are asked for."""
 
@@ -203,6 +182,7 @@ def prepare_model(
     bands: int = 4,
     overrides: Mapping[str, str] | None = None,
     search: Collection[str] = (),
+    transposed: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedModel:
@@ -219,6 +199,7 @@ def prepare_model(
         scheme, bands, overrides: how modules are grouped, see `bmm.groups.search_groups`.
         search: what trials may change besides lam and rho, of "weights", "gamma" and "anchor_scale"; the first two
             keep T float64 matrices of a module's size in memory.
+        transposed: weights stored (in, out); data Grams know theirs, as does a base with a config.json.
         progress: called with (modules done, modules).
 
     Raises:
@@ -232,7 +213,7 @@ def prepare_model(
     if source == "hybrid" and not 0 <= gamma <= 1:
         raise GramError(f"gamma is {gamma}", "gamma, the data-free share, lies in [0, 1]")
     data = task_grams if source != "datafree" else None
-    layouts = matrix_layouts(pool, data)
+    layouts = matrix_layouts(pool, data, transposed)
     norms = sorted({n for g in data or () for n in g.norms if n in pool.float_names} - layouts.keys())
     groups = search_groups([*layouts, *norms], scheme, bands, overrides)
     mix = Mix(tuple(1.0 for _ in pool.experts) if weights is None else tuple(weights), gamma)

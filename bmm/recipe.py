@@ -31,6 +31,7 @@ INPUTS = ("experts", "merged")
 NORMS = ("anchor", "regression")
 BIAS = ("joined", "anchor")
 SEARCH = ("gamma", "weights", "anchor_scale")
+TASK_FILES = (".yaml", ".yml", ".json")
 OBJECTIVES = ("labels", "agreement")
 EXECUTORS = ("local", "ray")
 
@@ -51,7 +52,9 @@ class Recipe:
     base: str = _key("", "Base checkpoint: a Hugging Face folder or one .safetensors/.bin/.pt file.")
     experts: dict[str, str] = _key(dict, "Expert checkpoints by task name: NAME=PATH.", mapping="str")
     model: str = _key("transformers", "Builds the model: 'transformers' (from the base's config), or FILE.py:FUNCTION.")
-    tasks: str = _key("", "FILE.py:FUNCTION (or MODULE:FUNCTION) that returns a list of bmm.Task.")
+    tasks: str = _key(
+        "", "A task file (.yaml, .json; docs/tasks.md), or FILE.py:FUNCTION (MODULE:FUNCTION) that returns bmm.Tasks."
+    )
     skip: tuple[str, ...] = _key((), "Glob patterns of parameters to leave out of the merge (task heads).", many=True)
     vocabulary: str = _key(
         "refuse",
@@ -203,6 +206,8 @@ class Recipe:
 
         def target(text: str) -> str:
             name, _, function = text.partition(":")
+            if text.endswith(TASK_FILES):
+                return resolve(text)
             return f"{resolve(name)}:{function}" if name.endswith(".py") else text
 
         anchor = self.anchor

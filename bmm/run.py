@@ -18,11 +18,12 @@ from .errors import RecipeError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks
 from .evaluation.outputs import SteadyBatches, task_outputs
 from .grams import GramStore, TaskGrams
-from .loading import ModelBuilder, build_model, find_device, fit_vocabulary, open_pool, with_groups
+from .layouts import transposed_weights
+from .loading import ModelBuilder, build_model, find_device, find_tasks, fit_vocabulary, open_pool, with_groups
 from .merging import AnchorGrams, PreparedModel, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
-from .recipe import Recipe, load_function
+from .recipe import Recipe
 from .records import Score
 from .search.goal import Goal, check_names
 from .sequential import MergedInputs
@@ -75,9 +76,9 @@ class Run:
         self.weights = [recipe.weights.get(name, 1.0) for name in self.experts]
         check_names(recipe.floor, recipe.objectives, dict(zip(self.experts, self.weights, strict=True)))
         if tasks is None and recipe.tasks:
-            tasks = load_function(recipe.tasks, "tasks")()
+            tasks = find_tasks(recipe.tasks, base)
         if tasks is None and need_tasks:
-            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.py:FUNCTION")
+            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.yaml or FILE.py:FUNCTION")
         self.tasks: list[Task] = []
         if tasks is not None:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
@@ -96,12 +97,12 @@ class Run:
     def skeleton(self) -> nn.Module:
         """The model the tensors are swapped into, built once and checked against the checkpoints."""
         if self._skeleton is None:
-            model, names = build_model(self.builder, self.recipe.model, self.recipe.base)
+            model, names = build_model(self.builder, self.recipe.model, self.recipe.base, self.pool.base)
             fit_vocabulary(model, self.pool)
             self._in_model = {stored: own for stored, own in names.items() if stored != own}
             self._stored = {own: stored for stored, own in self._in_model.items()}
             shapes = self._renamed(self.pool.with_ties({n: self.pool.shape(n) for n in self.pool.names}))
-            check_skeleton(model, list(shapes), shapes)
+            check_skeleton(model, list(shapes), shapes, self.recipe.skip)
             self._skeleton = model.to(self.device).eval().requires_grad_(False)
         return self._skeleton
 
@@ -259,13 +260,8 @@ class Run:
         return objective
 
     def _transposed(self) -> list[str]:
-        """Weights stored (in, out): transformers' Conv1D, where there is a model to look into."""
-        if self.builder is None and not self.recipe.tasks and not self.tasks:
-            return []
-        modules = self.skeleton.named_modules()
-        weights = [f"{n}.weight" for n, m in modules if type(m).__name__ == "Conv1D"]
-        names = [self._stored.get(w, w) for w in weights]
-        return [n for n in names if n in self.pool.base]
+        model = self.skeleton if self.builder or self.recipe.tasks or self.tasks else None
+        return transposed_weights(self.pool, model, self._stored)
 
     def prepare(self) -> PreparedModel:
         """Anchor, Grams and decompositions: everything that does not depend on (lam, rho)."""
@@ -304,6 +300,7 @@ class Run:
             "weights": self.weights,
             "normalise": recipe.normalise,
             "bias": recipe.bias,
+            "transposed": self._transposed(),
         }
 
     # -- scores --------------------------------------------------------------------------------------------------

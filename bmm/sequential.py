@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import anchors
 from .checkpoint import ModelPool, fingerprint_tensors
 from .errors import GramError, WriteError
-from .evaluation import Task, swapped
+from .evaluation import Task, own_names, swapped
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint, reading_order
 from .grams.store import flat, source_of
@@ -131,7 +131,7 @@ class MergedInputs:
         the Grams of norms. Raises `GramError` for no calibration inputs, NaN and overflow among the activations.
         """
         stored = {own: name for name, own in self.in_model.items()}
-        names = {self._own(n) for n in self.pool.float_names}
+        names = own_names(self.model, self.pool.float_names, self.in_model)
         state = {self._own(n): tensor for n, tensor in start.items()}
         steps = self._steps(state, names, norms)
         found = [TaskGrams() for _ in self.tasks]

@@ -16,7 +16,7 @@ from . import anchors
 from .anchors.anchor import named_generator
 from .checkpoint import fingerprint_of
 from .errors import WriteError
-from .evaluation import Task, swapped
+from .evaluation import Task, own_names, swapped
 from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
 from .fisher.collect import length, take
@@ -59,7 +59,7 @@ class GramCollector:
         self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
         self.stored = {own: name for name, own in in_model.items()}
         self.norms = recipe.norms == "regression"
-        self.names = {in_model.get(n, n) for n in parameters}
+        self.names = own_names(skeleton, parameters, in_model)
         sizes = gram_bytes(skeleton, self.names)
         rest = self.names - sizes.keys()  # biases join their weights, wherever those are
         self.parts = [part | rest for part in in_parts(sizes, recipe.max_memory * 2**30 / 3)]

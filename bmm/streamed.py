@@ -21,8 +21,9 @@ from .errors import GramError, RecipeError
 from .grams import TaskGrams
 from .grams.spectrum import noise_level, task_weights
 from .groups import search_groups
+from .layouts import matrix, matrix_layouts
 from .linalg import require_finite
-from .merging import bias_of, matrix, matrix_layouts, task_parts
+from .merging import bias_of, task_parts
 from .norms import PreparedNorm, prepare_norm
 from .notation import StateDict, Tensors
 from .records import Hyperparameters
@@ -47,13 +48,14 @@ class StreamedMerge:
     scheme: str = "depth"
     bands: int = 4
     overrides: dict[str, str] = field(default_factory=dict)
+    transposed: Collection[str] = ()
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         if self.source != "datafree" and not self.task_grams:
             raise GramError(f"Gram source {self.source!r} needs activation Grams", "collect them, or use datafree ones")
         data = self._data = self.task_grams if self.source != "datafree" else None
-        self.layouts = matrix_layouts(self.pool, data)
+        self.layouts = matrix_layouts(self.pool, data, self.transposed)
         floating = set(self.pool.float_names)
         norms = sorted({n for g in data or () for n in g.norms if n in floating} - self.layouts.keys())
         self.layouts |= dict.fromkeys(norms, "norm")

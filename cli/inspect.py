@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import common, key_options
 from .output import emit
+
+if TYPE_CHECKING:
+    from bmm.inventory import Entry
 
 
 @click.command("inspect")
@@ -33,8 +37,9 @@ def command(
 ) -> None:
     """Show what checkpoints hold and whether they can be merged: the first is the base, the others experts.
 
-    Experts may be PEFT adapters; one can be looked at alone. Without arguments the embedded zoo is shown. Exits with 1
-    where they disagree.
+    The base's modules are listed by role, shape and depth: what BMM solves, what stays with the anchor, what is a head,
+    what is tied. Experts may be PEFT adapters; one can be looked at alone. Without arguments the embedded zoo is shown.
+    Exits with 1 where they disagree.
 
     \b
     bmm inspect
@@ -44,8 +49,9 @@ def command(
     from bmm import zoo
     from bmm.checkpoint import AdapterCheckpoint, ModelPool, is_adapter, open_checkpoint, open_model
     from bmm.groups import role_of, search_groups
+    from bmm.inventory import inventory
+    from bmm.layouts import matrix_layouts
     from bmm.loading import stored_as
-    from bmm.merging import matrix_layouts
     from bmm.report import markdown
 
     paths = list(checkpoints)
@@ -62,11 +68,17 @@ def command(
         [d["path"], str(d["tensors"]), f"{d['parameters'] / 1e6:.2f} M", f"{d['bytes'] / 2**20:.1f}", d["dtypes"]]
         for d in data["checkpoints"]
     ]
+    base = opened[0]
+    entries = inventory({n: base.info(n) for n in base.names}, base.config, base.tied)
+    data["modules"] = [entry.to_json() for entry in entries]
     parts = [markdown(["checkpoint", "tensors", "parameters", "MiB", "dtypes"], cells)]
     parts += [f"{c.path}: {_adapter_line(c.summary)}" for c in opened if isinstance(c, AdapterCheckpoint)]
     for checkpoint, entry in zip(opened, data["checkpoints"], strict=True):
         if entry["heads"]:
             parts.append(f"{checkpoint.path}: heads: {', '.join(entry['heads'])}")
+    parts.append(_modules(entries))
+    if base.tied:
+        parts.append("tied: " + "; ".join(" = ".join(t) for t in base.tied))
     if len(opened) > 1:
         chosen = (vocabulary or "refuse", heads or "refuse")
         pool = ModelPool.open(paths[0], paths[1:], skip, _names(paths[1:]), stored_as, *chosen)
@@ -89,9 +101,19 @@ def command(
             markdown(["group", "modules", "parameters", "tau / w0 (norms)", "first"], rows),
         ]
         parts += [f"note: {notice}" for notice in pool.notices]
-        if pool.tied:
-            parts.append("tied: " + "; ".join(" = ".join(t) for t in pool.tied))
     emit("\n\n".join(parts), data, as_json)
+
+
+def _modules(entries: Sequence[Entry]) -> str:
+    from bmm.report import markdown
+
+    heads = ["role", "shape", "blocks", "tensors", "parameters", "dtype", "merged", "first"]
+    rows = [
+        [e.role, " x ".join(map(str, e.shape)) or "scalar", e.depth, str(e.tensors), f"{e.parameters:,}", e.dtype,
+         e.merged + (", tied" if e.tied else ""), e.first]
+        for e in entries
+    ]  # fmt: skip
+    return markdown(heads, rows)
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
     ["errors", "dominance"],
-    ["notation", "records", "progress", "shared"],
+    ["notation", "records", "progress", "roles", "shared"],
     ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],
@@ -24,8 +24,10 @@ LAYERS = [
     ["solver"],
     ["norms"],
     ["repool"],
+    ["layouts"],
+    ["inventory"],
     ["evaluation"],
-    ["merging"],
+    ["merging", "tasks"],
     ["sequential", "streamed"],
     ["search"],
     ["analysis"],
@@ -110,8 +112,8 @@ def test_import_bmm_is_light():
 
 
 def test_using_the_library_loads_no_search_engine():
-    loaded = loaded_after("import bmm; bmm.tune; bmm.Task; bmm.anchors; bmm.solver")
-    assert not loaded & {"ax", "botorch", "gpytorch", "transformers", "plotly"}
+    loaded = loaded_after("import bmm; bmm.tune; bmm.Task; bmm.anchors; bmm.solver; bmm.tasks")
+    assert not loaded & {"datasets", "pyarrow", "PIL", "ax", "botorch", "gpytorch", "transformers", "plotly"}
 
 
 def test_help_loads_no_torch():

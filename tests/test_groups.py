@@ -1,7 +1,7 @@
 import pytest
 
 from bmm.errors import RecipeError
-from bmm.groups import automatic_groups, depth_of, module_of, relative_depths, role_of, search_groups
+from bmm.groups import automatic_groups, depth_of, module_of, relative_depths, role_of, roles_of, search_groups
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,65 @@ from bmm.groups import automatic_groups, depth_of, module_of, relative_depths, r
         ("stem.conv1.weight", "conv1"),
         ("stem.patch.weight", "patch"),
         ("pooler.dense.weight", "pooler.dense"),
+        ("vit.layers.0.attention.q_proj.weight", "q"),
+        ("model.layers.0.self_attn.qkv_proj.weight", "qkv"),
+        ("model.layers.0.mlp.gate_up_proj.weight", "gate_up"),
+        ("model.layers.0.mlp.gate.weight", "router"),
+        ("model.layers.0.block_sparse_moe.gate.weight", "router"),
+        ("model.layers.0.mlp.shared_expert_gate.weight", "router"),
+        ("encoder.block.1.layer.1.mlp.router.classifier.weight", "router"),
+        ("model.layers.0.block_sparse_moe.experts.7.w1.weight", "gate"),
+        ("model.layers.0.block_sparse_moe.experts.7.w2.weight", "down"),
+        ("model.layers.0.mlp.experts.3.up_proj.weight", "up"),
+        ("encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight", "fc1"),
+        ("model.layers.0.self_attn.q_norm.weight", "norm"),
+        ("bert.encoder.layer.0.attention.output.LayerNorm.weight", "norm"),
+        ("text_model.final_layer_norm.bias", "norm"),
+        ("vision_model.pre_layrnorm.weight", "norm"),
+        ("transformer.ln_f.weight", "norm"),
+        ("transformer.wte.weight", "embed"),
+        ("model.embed_tokens.weight", "embed"),
+        ("bert.embeddings.token_type_embeddings.weight", "embed"),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "embed"),
+        ("vit.embeddings.cls_token", "embed"),
+        ("lm_head.weight", "head"),
+        ("classifier.out_proj.weight", "head"),
+        ("cls.predictions.transform.dense.weight", "head"),
+        ("score.weight", "head"),
+        ("head.mlp.fc1.weight", "fc1"),  # SigLIP's attention pooling is no task head
+        # timm
+        ("patch_embed.proj.weight", "patch"),
+        ("pos_embed", "embed"),
+        ("blocks.0.attn.qkv.weight", "qkv"),
+        ("blocks.0.attn.proj.weight", "o"),
+        ("blocks.0.mlp.fc2.weight", "fc2"),
+        ("fc_norm.weight", "norm"),
+        ("head.weight", "head"),
+        # open_clip
+        ("visual.class_embedding", "embed"),
+        ("visual.transformer.resblocks.0.attn.in_proj_weight", "qkv"),
+        ("visual.transformer.resblocks.0.attn.out_proj.weight", "o"),
+        ("transformer.resblocks.3.mlp.c_fc.weight", "fc1"),
+        ("transformer.resblocks.3.mlp.c_proj.weight", "fc2"),
+        ("transformer.resblocks.3.ln_1.weight", "norm"),
+        ("positional_embedding", "embed"),
+        # torchvision
+        ("encoder.layers.encoder_layer_0.mlp.0.weight", "fc1"),
+        ("encoder.layers.encoder_layer_0.mlp.3.weight", "fc2"),
+        ("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "qkv"),
     ],
 )
 def test_roles_of_common_libraries(name, role):
     assert role_of(name) == role
+
+
+def test_a_gate_is_known_by_its_siblings():
+    gated = roles_of([f"layers.0.feed_forward.w{k}.weight" for k in (1, 2, 3)])
+    assert list(gated.values()) == ["gate", "down", "up"]
+    assert list(roles_of(["layers.0.feed_forward.w1.weight", "layers.0.feed_forward.w2.weight"]).values()) == [
+        "fc1", "fc2"]  # fmt: skip
+    assert list(roles_of(["blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"]).values()) == ["gate_up", "down"]
+    assert search_groups(["f.0.w1.weight", "f.0.w2.weight", "f.0.w3.weight"], "role")["f.0.w3.weight"] == "up"
 
 
 def test_depth_and_module():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import BmmError, RecipeError
 from ..notation import Tensors
 from ..records import Score
+from .skeleton import may_be_absent
 from .task import Split, Task, to_device
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,12 +25,27 @@ def state_slots(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if name in persistent}
 
 
-def check_skeleton(model: nn.Module, names: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a skeleton whose parameters are not exactly the checkpoint's. Raises `RecipeError` naming the first."""
+def own_names(model: nn.Module, names: Iterable[str], in_model: Mapping[str, str]) -> set[str]:
+    """The model's names of the stored ``names`` that it has a place for."""
+    slots = state_slots(model)
+    return {own for own in (in_model.get(n, n) for n in names) if own in slots}
+
+
+def check_skeleton(
+    model: nn.Module, names: Sequence[str], shapes: Mapping[str, Sequence[int]], skip: Sequence[str] = ()
+) -> None:
+    """Refuse a skeleton whose parameters are not exactly the checkpoint's. Raises `RecipeError` naming the first.
+
+    It may have parameters that match the patterns ``skip``: these become NaN, for no one to take them for a head.
+    """
     slots = state_slots(model)
     storage = {id(t): n for n, t in slots.items() if n in shapes}
     missing = [n for n, t in slots.items() if n not in shapes and id(t) not in storage]
-    extra = [n for n in names if n not in slots]
+    for name in [n for n in missing if any(fnmatch.fnmatchcase(n, pattern) for pattern in skip)]:
+        missing.remove(name)
+        if slots[name].is_floating_point():
+            slots[name].data.fill_(float("nan"))
+    extra = [n for n in names if n not in slots and not may_be_absent(model, n)]
     wrong = [n for n in names if n in slots and tuple(slots[n].shape) != tuple(shapes[n])]
     for kind, found in (
         ("the model has parameters the checkpoints lack", missing),

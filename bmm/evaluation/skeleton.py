@@ -4,49 +4,68 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecipeError
+from .experts import DOWN, GATE_UP, separate, stacked_experts
+
+_HINT = "give model: FILE.py:FUNCTION, a function that returns the torch.nn.Module"
+_OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+"""Names of checkpoints converted from TensorFlow, which transformers still reads."""
 
 
-def from_transformers(folder: str | Path, outline: bool = False) -> tuple[nn.Module, dict[str, str]]:
-    """The architecture named in ``folder/config.json``, with untrained weights, and `stored_names` of it.
+def from_transformers(
+    folder: str | Path, stored: Iterable[str] = (), outline: bool = False
+) -> tuple[nn.Module, dict[str, str]]:
+    """The architecture named in ``folder/config.json``, its weights not set, and the model's name of every stored one.
+
+    ``stored``: the checkpoint's own names, of which some may be older than those transformers would write today. Where
+    a Mixture of Experts is stored one matrix a name, the model holds one Linear a matrix (`SeparateExperts`).
 
     ``outline``: on the meta device, where it takes no memory and computes nothing.
 
     Raises:
         RecipeError: no config, no architecture in it, transformers not installed, or it does not know the class.
     """
-    hint = "give model: FILE.py:FUNCTION, a function that returns the torch.nn.Module"
     config_file = Path(folder) / "config.json"
     if not config_file.is_file():
-        raise RecipeError(f"{folder} has no config.json to build the model from", hint)
+        raise RecipeError(f"{folder} has no config.json to build the model from", _HINT)
     try:
         names = json.loads(config_file.read_text()).get("architectures") or []
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise RecipeError(f"{config_file} is not a JSON object", hint) from error
+        raise RecipeError(f"{config_file} is not a JSON object", _HINT) from error
     if not names:
-        raise RecipeError(f"{config_file} names no architecture", hint)
+        raise RecipeError(f"{config_file} names no architecture", _HINT)
     try:
         import transformers
     except ImportError as error:
         raise RecipeError("this checkpoint needs transformers", "pip install 'bmm-tuner[hf]'") from error
     kind = getattr(transformers, names[0], None)
     if kind is None:
-        raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", hint)
-    with torch.device("meta") if outline else contextlib.nullcontext():
-        model = kind(kind.config_class.from_pretrained(str(folder)))
-    return model, stored_names(model)
+        raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", _HINT)
+    with torch.device("meta") if outline else _unset_weights():
+        model: nn.Module = kind(kind.config_class.from_pretrained(str(folder)))
+    if not outline:
+        _set_buffers(model)
+    found = stored_names(model)
+    apart = {own.rpartition(".experts.")[0] + ".experts" for own in found.values() if ".experts." in own}
+    for path in stacked_experts(model):
+        if path in apart:
+            separate(model, path)
+    return model, found | _older_names(model, found, stored)
 
 
 def stored_names(model: nn.Module) -> dict[str, str]:
-    """Checkpoint name -> model name of every weight: transformers 5 stores some architectures under older names.
+    """Checkpoint name -> model name of every weight: transformers 5 stores some architectures under other names.
 
-    The renaming is transformers' own, applied to placeholders that know where they come from. A weight that is stored
-    split, fused or transposed has no single place in the model.
+    The renaming is transformers' own, applied to placeholders that know where they come from. The matrices of stacked
+    experts get the names they have in `SeparateExperts`; any other weight that is stored split, fused or transposed
+    has no single place in the model.
 
     Raises:
         RecipeError: such a weight, by name.
@@ -59,16 +78,79 @@ def stored_names(model: nn.Module) -> dict[str, str]:
     order = list(own)
     # A zero-stride tensor that holds its own index takes no memory, whatever the model's size.
     marked = {n: torch.tensor(float(k), dtype=torch.float64).expand(own[n].shape) for k, n in enumerate(order)}
+    for path in stacked_experts(model):
+        for name, marks, matrices in _expert_marks(own, path, len(order)):
+            marked[name] = marks
+            order += matrices
     names = {}
     for stored, tensor in revert_weight_conversion(model, marked).items():  # type: ignore[arg-type]
+        if stored in marked and marked[stored] is tensor:
+            names[stored] = stored  # as the model has it
+            continue
         mark = tensor[(0,) * tensor.dim()]
         source = order[int(mark)]
         # A mere renaming keeps the zero strides; only what was rebuilt has to be read.
         uniform = not any(tensor.stride()) or bool((tensor == mark).all())
-        if tensor.shape != own[source].shape or not uniform:
+        if (source in own and tensor.shape != own[source].shape) or not uniform:
             raise RecipeError(
                 f"{stored} is stored in another form than {type(model).__name__} computes with",
                 "give model: FILE.py:FUNCTION, a module whose parameters are exactly the checkpoint's",
             )
         names[stored] = source
     return names
+
+
+def _expert_marks(own: dict[str, Tensor], path: str, start: int) -> Iterator[tuple[str, Tensor, list[str]]]:
+    """Placeholders of a layer's two stacks with a number a matrix, from ``start`` on, and the matrices' names."""
+    count = len(own[f"{path}.{DOWN}"])
+    for stack, parts in ((GATE_UP, ("gate_proj", "up_proj")), (DOWN, ("down_proj",))):
+        matrices = [f"{path}.{e}.{part}.weight" for e in range(count) for part in parts]
+        marks = torch.arange(start, start + len(matrices), dtype=torch.float64).reshape(count, len(parts), 1)
+        yield f"{path}.{stack}", marks, matrices
+        start += len(matrices)
+
+
+def _older_names(model: nn.Module, known: dict[str, str], stored: Iterable[str]) -> dict[str, str]:
+    """The model's names of what is stored under names of earlier times, or without the prefix of the base model."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found = {}
+    for name in stored:
+        plain = name
+        for pattern, new in _OLD_NAMES:
+            plain = re.sub(pattern, new, plain)
+        for candidate in (plain, prefix + plain, plain.removeprefix(prefix)):
+            if name not in known and candidate in known:
+                found[name] = known[candidate]
+                break
+    return found
+
+
+def may_be_absent(model: nn.Module, name: str) -> bool:
+    """Whether transformers passes over a stored tensor of that name: buffers that once were saved with the weights."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if patterns is None:
+        return False
+    buffers = [n.rpartition(".")[2] for n, _ in model.named_buffers()]
+    once_saved = [rf"(^|\.){b}$" for b in ("position_ids", "inv_freq", "masked_bias") if b in buffers]
+    return any(re.search(pattern, name) for pattern in (*patterns, *once_saved))
+
+
+@contextlib.contextmanager
+def _unset_weights() -> Iterator[None]:
+    """Weights are allocated and not touched: they take no memory until they are replaced, nor time to draw."""
+    from importlib import import_module
+
+    try:
+        place = import_module("transformers.initialization")
+    except ImportError:  # before transformers 5
+        place = import_module("transformers.modeling_utils")
+    with place.no_init_weights():
+        yield
+
+
+def _set_buffers(model: nn.Module) -> None:
+    """What `_unset_weights` left out and no checkpoint brings: ties, and buffers that are computed."""
+    model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)  # type: ignore[operator]

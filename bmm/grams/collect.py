@@ -1,7 +1,7 @@
 """Grams from forward hooks: run an expert on its calibration inputs and watch what reaches every weight.
 
 Memory stays bounded by the Grams themselves: activations are reduced as they pass, batch by batch, and modules that
-read the very same tensor (q, k and v) are reduced once. All tokens count, padding included where the model sees it.
+read the very same tensor (q, k and v) are reduced once. All tokens count but padding (see `bmm.grams.padding`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import GramError
 from .accumulate import GramAccumulator
 from .norms import NormSite, find_norms
+from .padding import Padding, masked_tokens, without_padding
 from .sites import Patch, Site, Tap, find_sites
 from .task_grams import TaskGrams
 
@@ -53,7 +54,9 @@ def collect(
     done = 0
     with _watching(model, sites, norm_sites, recorder), torch.inference_mode(False), torch.no_grad():
         for done, batch in enumerate(batches, 1):
-            forward(model, batch)
+            recorder.padding = Padding.of(batch, model)
+            with masked_tokens(model, recorder.padding):
+                forward(model, batch)
             recorder.end_forward()
             if progress is not None:
                 progress(done)
@@ -103,7 +106,7 @@ class _Seen:
 class _Read:
     """One reading of a tensor by a weight; equal where the same rows were read."""
 
-    key: tuple[int, Patch | None, bool]
+    key: tuple[int, Patch | None, bool, int]  # tensor, patches, with a constant 1, mask
     gram: GramAccumulator = field(compare=False)
 
 
@@ -125,12 +128,13 @@ class _Recorder:
     def __init__(self, device: torch.device | str | None) -> None:
         self.device = device
         self.muted = False
+        self.padding = Padding()
         self.failed: dict[Site, str] = {}
         self.order: dict[Site | NormSite, None] = {}
         self.group_of: dict[Site, _Group] = {}
         self._seen: dict[int, _Seen] = {}
         self._serial = 0
-        self._fresh: dict[tuple[int, Patch | None, bool], GramAccumulator] = {}
+        self._fresh: dict[tuple[int, Patch | None, bool, int], GramAccumulator] = {}
         self._reads: dict[Site, list[_Read]] = {}
 
     def read(self, site: Site, x: Tensor) -> None:
@@ -138,11 +142,14 @@ class _Recorder:
         if site in self.failed:
             return
         self.order.setdefault(site)
-        key = (self._identify(x), site.patch, site.homogeneous)
+        mask = self.padding.mask_for(site.names[0]) if site.patch is None else None
+        key = (self._identify(x), site.patch, site.homogeneous, id(mask))
         if key not in self._fresh:
             gram = GramAccumulator(site.dim, site.homogeneous, device=self.device or x.device)
+            turned = mask is not None and any(getattr(m, "batch_first", True) is False for m, _ in site.taps)
+            mask = mask.mT if mask is not None and turned else mask
             try:
-                for rows in [x] if site.patch is None else site.patch.rows(x):
+                for rows in [without_padding(x, mask)] if site.patch is None else site.patch.rows(x):
                     gram.update(rows)
             except GramError as error:
                 raise GramError(f"{site.names[0]}: {error.message}", error.hint) from error
@@ -161,7 +168,7 @@ class _Recorder:
         self.order.setdefault(site)
         muted, self.muted = self.muted, True
         try:
-            site.read(args, kwargs)
+            site.read(args, kwargs, self.padding.mask_for(site.names[0]))
         finally:
             self.muted = muted
 

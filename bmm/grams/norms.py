@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import GramError
 from .accumulate import gram_dtype
+from .padding import without_padding
 
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
@@ -40,8 +41,11 @@ class NormSite:
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # (c, 2): of x_hat^2, of x_hat
     axis: Axis | None = None
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The norm is about to run with these arguments. Raises `GramError` for NaN and overflow."""
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None = None) -> None:
+        """The norm is about to run with these arguments; ``mask`` (n, tokens) tells tokens from padding.
+
+        Raises `GramError` for NaN and overflow.
+        """
         if self.failed:
             return
         gamma = self.module._parameters["weight"]
@@ -50,7 +54,8 @@ class NormSite:
         if x_hat is None:
             self.failed = f"{type(self.module).__name__} is not affine in its weight, channel by channel"
             return
-        rows = _channels_last(x_hat, self.axis).reshape(-1, gamma.numel())  # (n, c)
+        kept = without_padding(_channels_last(x_hat, self.axis), mask)
+        rows = kept.reshape(-1, gamma.numel())  # (n, c)
         rows = rows.to(gram_dtype(gamma.numel(), rows.device))
         sums = torch.stack([rows.square().sum(0), rows.sum(0)], dim=1).cpu().double()  # (c, 2)
         with torch.inference_mode(False):

@@ -154,6 +154,8 @@ def _use(
         return _Use(module, "input", "linear", weight.shape[1], None, module.bias)
     if kind == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed Linear, known by its shape: no import
         return _Use(module, "input", "conv1d", weight.shape[0], None, module._parameters.get("bias"))
+    if kind.lower().endswith("topkrouter") and weight.dim() == 2:  # transformers' router: linear(tokens, weight, bias)
+        return _Use(module, "input", "linear", weight.shape[1], None, module._parameters.get("bias"))
     if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
         if module.groups != 1:
             return f"convolution in {module.groups} groups"

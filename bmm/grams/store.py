@@ -29,7 +29,7 @@ from ..errors import CheckpointError, GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
 
 Found = TypeVar("Found")
@@ -69,7 +69,14 @@ def flat(batches: Any) -> Iterator[Tensor]:
 
 
 def source_of(thing: Any) -> str:
-    """What the code of a function or of a module's class is, so that changing it invalidates what it produced."""
+    """What the code of a function or of a module's class is, so that changing it invalidates what it produced.
+
+    An object with state of its own says what matters of it in its ``cache_key``.
+    """
+    return f"{_code_of(thing)}{getattr(thing, 'cache_key', '')}"
+
+
+def _code_of(thing: Any) -> str:
     kind = inspect.unwrap(getattr(thing, "func", thing))
     if not inspect.isroutine(kind) and not inspect.isclass(kind):
         kind = type(kind)

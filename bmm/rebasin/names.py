@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import RecipeError
-from ..groups import module_of, role_of
+from ..roles import CONV1D_MODELS, module_of, role_of
 from .spec import Group, Site, Spec
 
 Within = Literal["none", "vo", "qkvo"]
@@ -26,7 +26,6 @@ _ALIASES = {"linear1": "fc1", "linear2": "fc2", "w1": "fc1", "w2": "fc2", "w3": 
 _ATTENTION = ("q", "k", "v", "o", "qkv")
 _MLP = ("fc1", "fc2", "gate", "up", "down", "gate_up")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "heads", "encoder_attention_heads")
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _INTERLEAVED = {"gpt_neox", "gpt_neox_japanese"}
 _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "partial_rotary_factor")
 # Things that differ from head to head and are shared by blocks or computed: no permutation of heads is safe with them.
@@ -143,7 +142,7 @@ def _is_transposed(model: Transformer, weight: str) -> bool:
     """Whether a weight is stored (in, out) as in transformers' Conv1D."""
     if weight in model.transposed:
         return True
-    return model.config.get("model_type") in _CONV1D and module_of(weight).rpartition(".")[2].startswith("c_")
+    return model.config.get("model_type") in CONV1D_MODELS and module_of(weight).rpartition(".")[2].startswith("c_")
 
 
 def _mlp(model: Transformer, block: str, modules: Mapping[str, str]) -> Group:
