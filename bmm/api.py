@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool, open_checkpoint
 from .errors import MergeError, RecipeError, StudyError, did_you_mean
@@ -17,6 +19,7 @@ from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
+from .mergekit import merge_mergekit
 from .notation import StateDict
 from .opening import open_run, targets
 from .posterior import calibrate
@@ -168,9 +171,11 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
     if recipe.anchor.startswith("path:"):
         return write_model(run, run.anchor(), out, card, overwrite=overwrite)
 
+    wide = None if recipe.dtype == "same" else torch.float32  # rounded once, to the dtype asked for
+
     def counted() -> Any:
         try:
-            for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, strict=True)):
+            for done, pair in enumerate(run.anchor_stream(recipe.anchor, recipe.knobs, dtype=wide, strict=True)):
                 yield pair
                 progress("merge", done + 1, total, pair[0])
         except MergeError:
@@ -303,5 +308,5 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
 
 __all__ = [
     "align", "analyse", "average", "calibrate", "collect_grams", "evaluate", "load_study", "make_recipe", "merge",
-    "reconstruct", "save", "tune",
+    "merge_mergekit", "reconstruct", "save", "tune",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ LAYERS = [
     ["run"],
     ["opening"],
     ["rebasin"],
-    ["tuning", "masking", "trajectory"],
+    ["tuning", "masking", "trajectory", "mergekit"],
     ["posterior"],
     ["saving"],
     ["api"],
