@@ -107,9 +107,8 @@ class _Reader:
             raise self.error("models, slices: give one of the two", FORM)
         shared = self.level(raw, "")
         sources, inner, layers = self.models(raw) if "models" in raw else self.slices(raw)
-        names = [source.model for source in sources]
-        for source in sources:
-            if names.count(source.model) > 1:
+        for number, source in enumerate(sources):
+            if source.model in [earlier.model for earlier in sources[:number]]:
                 raise self.error(f"{source.path}: {source.model!r} is listed twice", "list every model once")
         return MergekitConfig(
             method,
