@@ -219,12 +219,18 @@ def collect_grams(
     *,
     tasks: Sequence[Task] | str | None = None,
     model: ModelBuilder | str | None = None,
+    cached: bool = False,
     progress: Progress = silent,
     **keys: Any,
 ) -> dict[str, TaskGrams]:
-    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache."""
+    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache.
+
+    A cache that cannot be written is a notice, or with ``cached`` a `WriteError`.
+    """
     run = open_run(make_recipe(recipe, **keys, **targets(tasks, model)), tasks, model, progress)
     grams = run.collect_grams() if run.recipe.inputs == "experts" else run.evidence()[1]
+    if cached and run.unwritten:
+        raise run.unwritten[0]
     return dict(zip(run.experts, grams or [], strict=True))
 
 

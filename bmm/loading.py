@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
 from .merging import matrix_layouts
-from .recipe import Recipe, load_function
+from .recipe import Recipe, call_function
 
 ModelBuilder = Callable[[], nn.Module]
 
@@ -31,7 +31,7 @@ def build_model(builder: ModelBuilder | None, target: str, folder: str | Path) -
     elif target == "transformers":
         model, names = from_transformers(folder)
     else:
-        model = load_function(target, "model")()
+        model = call_function(target, "model")
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
     return model, names

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ from .loading import ModelBuilder, build_model, find_device, with_groups
 from .merging import PreparedModel, anchor_grams, prepare_model
 from .notation import StateDict, Tensors
 from .progress import Progress, silent
-from .recipe import Recipe, load_function
+from .recipe import Recipe, call_function
 from .records import Score
 from .search.goal import Goal, check_names
 from .sequential import MergedInputs
@@ -78,7 +77,7 @@ class Run:
         self.weights = [recipe.weights.get(name, 1.0) for name in self.experts]
         check_names(recipe.floor, recipe.objectives, dict(zip(self.experts, self.weights, strict=True)))
         if tasks is None and recipe.tasks:
-            tasks = load_function(recipe.tasks, "tasks")()
+            tasks = call_function(recipe.tasks, "tasks")
         if tasks is None and need_tasks:
             raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.py:FUNCTION")
         self.tasks: list[Task] = []
@@ -87,6 +86,7 @@ class Run:
             self.tasks = [by_name[name] for name in self.experts]
         agree = recipe.objective == "agreement"
         self._judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
+        self.unwritten: list[WriteError] = []  # Grams that could not be cached
         self._own_scores: dict[str, list[Score]] = {}
         self._builder = model
         self._skeleton: nn.Module | None = None
@@ -115,7 +115,7 @@ class Run:
 
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
-        store = GramStore(cache_folder(self.recipe) / "grams")
+        store = GramStore(cache_folder(self.recipe) / "grams", self.unwritten)
         norms = self.recipe.norms == "regression"
         skeleton = self.skeleton
         names = {self._in_model.get(n, n) for n in self.pool.float_names}
@@ -133,8 +133,7 @@ class Run:
                     inputs = (to_device(b, self.device) for b in batches)
                     found_in_model = collect(skeleton, task.forward, inputs, names=names, norms=norms)
                     grams = found_in_model.renamed(self._stored)
-                with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
-                    store.save(key, grams)
+                store.keep(key, grams)
             found.append(grams)
         self.progress("grams", len(self.tasks), len(self.tasks))
         for notice in store.notices:  # a stale or damaged cache was rebuilt
@@ -149,7 +148,7 @@ class Run:
             self.pool,
             self.tasks,
             [list(task.calibration_batches(recipe.calibration, recipe.batch_size)) for task in self.tasks],
-            GramStore(cache_folder(recipe) / "grams"),
+            GramStore(cache_folder(self.recipe) / "grams", self.unwritten),
             self._in_model,
             self.device,
             self.progress,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import anchors
 from .anchors.anchor import named_generator
 from .checkpoint import fingerprint_of
-from .errors import WriteError
 from .evaluation import Task, swapped
 from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
@@ -87,10 +86,8 @@ class Fishers:
         with swapped(self.skeleton, tensors, self.device):
             collected = collect(self.skeleton, sources, names=set(self.names.values()))
         stored = {name: collected[own] for name, own in self.names.items()}
-        with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs memory, not the run
-            self.store.save(key, stored)
-            return self.store.load(key) or stored
-        return stored
+        self.store.keep(key, stored)  # read back from there, it takes no memory
+        return self.store.load(key) or stored
 
     def _batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
         most, size = self.recipe.calibration, self.recipe.batch_size

@@ -138,6 +138,7 @@ def _described(folder: Path, said: Mapping[str, Any]) -> tuple[str, tuple[str, .
         and all(isinstance(scale, float) and math.isfinite(scale) for scale in rescalers)
         and isinstance(origin, dict)
         and isinstance(origin.get("path"), str)
+        and isinstance(origin.get("fingerprint"), str)
         and isinstance(origin.get("skip"), list)
         and all(isinstance(pattern, str) for pattern in origin["skip"])
     )

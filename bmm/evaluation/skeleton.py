@@ -23,18 +23,23 @@ def from_transformers(folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
         raise RecipeError(f"{folder} has no config.json to build the model from", hint)
     try:
         names = json.loads(config_file.read_text()).get("architectures") or []
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise RecipeError(f"{config_file} is not a JSON object", hint) from error
-    if not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise RecipeError(f"{config_file} names no architecture", hint)
     try:
         import transformers
     except ImportError as error:
         raise RecipeError("this checkpoint needs transformers", "pip install 'bmm-tuner[hf]'") from error
     kind = getattr(transformers, names[0], None)
-    if kind is None:
+    if kind is None or not hasattr(kind, "config_class"):
         raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", hint)
-    model = kind(kind.config_class.from_pretrained(str(folder)))
+    try:
+        model = kind(kind.config_class.from_pretrained(str(folder)))
+    except Exception as error:  # a damaged config fails anywhere in transformers
+        raise RecipeError(
+            f"{config_file}: transformers cannot build {names[0]}: {' '.join(str(error).split())[:300]}", hint
+        ) from error
     return model, stored_names(model)
 
 

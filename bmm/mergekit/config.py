@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import RecipeError, did_you_mean
+from ..yaml_file import parse_mapping, read_text
 from .values import Setting, parse
 
 TOP = (
@@ -68,23 +67,12 @@ class MergekitConfig:
     @classmethod
     def load(cls, path: str | Path) -> MergekitConfig:
         """Read a recipe file; raises `RecipeError` naming the key that is wrong or not supported."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"cannot read {path}: {error.strerror}", "check the path") from error
-        except ValueError:
-            raise RecipeError(f"{path} is no UTF-8 text", "give a mergekit recipe, a YAML file") from None
-        return cls.parse(text, str(path))
+        return cls.parse(read_text(path), str(path))
 
     @classmethod
     def parse(cls, text: str, where: str = "mergekit recipe") -> MergekitConfig:
         """The same from a recipe's text; ``where`` names it in errors."""
-        try:
-            raw = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{where} is not one YAML document: {' '.join(str(error).split())[:200]}", FORM) from None
-        if not isinstance(raw, dict):
-            raise RecipeError(f"{where}: a recipe is a mapping of keys to values", FORM)
+        raw = parse_mapping(text, where, FORM)
         return _Reader(where).config(raw, text)
 
 
