@@ -123,7 +123,7 @@ class Mutator(random.Random):
             return value
         if self.random() < 0.05:
             deep: Any = value
-            for _ in range(self.choice([20, 500])):
+            for _ in range(self.choice([20, 200])):
                 deep = [deep] if self.random() < 0.5 else {"a": deep}
             return deep
         if isinstance(value, int) and not isinstance(value, bool) and self.random() < 0.4:

@@ -1,4 +1,4 @@
-"""Disks that fill up or cannot be written, and inputs that go away midway: an error that says what, nothing half-made."""
+"""Disks that fill up or cannot be written, inputs that go away midway: an error that says what, nothing half-made."""
 
 import os
 import resource

@@ -108,3 +108,26 @@ def test_a_config_that_names_no_model_is_refused(names, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": json.loads(names)}))
     with pytest.raises(RecipeError):
         from_transformers(tmp_path)
+
+
+def test_a_class_with_a_long_name_is_refused_at_once(tmp_path):
+    """torch takes minutes to say which class it does not load where the name has a hundred thousand characters."""
+    import io
+    import time
+    import zipfile
+
+    import torch
+
+    from bmm.checkpoint import open_checkpoint
+    from bmm.errors import CheckpointError
+
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(tmp_path / "m.bin", "w") as new:
+        for item in old.namelist():
+            long = b'ctorch._utils\n{"a' + b'{"a":' * 20_000
+            new.writestr(item, old.read(item).replace(b"ctorch._utils\n", long, 1))
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match="text of 1"):
+        open_checkpoint(tmp_path / "m.bin")
+    assert time.monotonic() - begun < 5

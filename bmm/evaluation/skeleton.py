@@ -36,11 +36,13 @@ def from_transformers(folder: str | Path) -> tuple[nn.Module, dict[str, str]]:
         raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", hint)
     try:
         model = kind(kind.config_class.from_pretrained(str(folder)))
+        return model, stored_names(model)
+    except RecipeError:
+        raise
     except Exception as error:  # a damaged config fails anywhere in transformers
         raise RecipeError(
             f"{config_file}: transformers cannot build {names[0]}: {' '.join(str(error).split())[:300]}", hint
         ) from error
-    return model, stored_names(model)
 
 
 def stored_names(model: nn.Module) -> dict[str, str]:
