@@ -1,4 +1,4 @@
-"""Hostile files against every reader: python benchmarks/fuzz.py [--mutations 2000] [--seed 0] [--reader NAME]
+"""Hostile files against every reader: python benchmarks/fuzz.py [--mutations 1100] [--seed 0] [--reader NAME]
 
 Valid files are mutated by a seeded generator and opened as a user's would be. A reader may open what it is given or
 refuse it with a `BmmError`; anything else is a crash. Each reader runs in a process of its own that may not take more
@@ -424,7 +424,7 @@ def confine(room: int = ROOM) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=2_000, help="of each reader")
+    parser.add_argument("--mutations", type=int, default=1_100, help="of each reader: 10,000 in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reader", choices=READERS, action="append", help="only this one; repeatable")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

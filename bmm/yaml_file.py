@@ -24,7 +24,7 @@ def read_text(path: str | Path) -> str:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"cannot read {path}: {reason}", "check the path") from error
+        raise RecipeError(f"cannot read recipe {path}: {reason}", "check the path") from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{path} has more than {MAX_BYTES >> 20} MiB", "give a recipe, not a model")
     try:
@@ -54,7 +54,9 @@ def parse_mapping(text: str, where: str, hint: str) -> dict[Any, Any]:
 
 
 def _items(value: Any, known: dict[int, int]) -> int:
-    """How many values there are with every alias written out."""
+    """How many values there are with every alias written out; `ValueError` for text that is none."""
+    if isinstance(value, str):
+        value.encode("utf-8")  # an escaped half of a surrogate pair has no place in a path
     if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) not in known:

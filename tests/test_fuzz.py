@@ -86,6 +86,7 @@ def refused(text, tmp_path, words):
         (b"[" * 50_000, "nested too deeply"),
         (b"a: 2001-99-99", "not YAML"),
         (b"a: " + b"x" * (1 << 20), "more than 1 MiB"),
+        (b'base: "\\ud800"', "surrogates not allowed"),
         (b"a: &a [*a]", "expand to too much"),
         (b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(-1, 12))
          .replace(b"a: &a [*`, *`, *`, *`, *`, *`, *`, *`, *`]", b"a: &a [1]"), "expand to too much"),
@@ -131,3 +132,20 @@ def test_a_class_with_a_long_name_is_refused_at_once(tmp_path):
     with pytest.raises(CheckpointError, match="text of 1"):
         open_checkpoint(tmp_path / "m.bin")
     assert time.monotonic() - begun < 5
+
+
+def test_names_that_are_too_long_for_a_path_are_refused():
+    from bmm.checkpoint import open_checkpoint
+    from bmm.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="(?i)name too long"):
+        open_checkpoint("a" * 3000)
+
+
+@pytest.mark.parametrize("tasks", [None, 3, True])
+def test_tasks_that_are_no_list_are_refused(tasks):
+    from bmm.errors import RecipeError
+    from bmm.evaluation import check_tasks
+
+    with pytest.raises(RecipeError, match="expected a list"):
+        check_tasks(tasks)

@@ -249,19 +249,26 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         )
 
 
+def _line(said: object) -> str:
+    """SQLite quotes what it finds in a damaged file, line ends included."""
+    return " ".join(str(said).split())
+
+
 @contextlib.contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
         raise StudyError(
-            f"cannot use the study {path}: {error}", "is the folder readable and writable, the disk not full?"
+            f"cannot use the study {path}: {_line(error)}",
+            "is the folder readable and writable, the disk not full?",
         ) from error
     except sqlite3.IntegrityError as error:
         raise StudyError(f"study {path}: {error}") from error
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise StudyError(
-            f"{path} is damaged or not a study: {error}", "restore it from a copy, or start a new study"
+            f"{path} is damaged or not a study: {_line(error)}",
+            "restore it from a copy, or start a new study",
         ) from error
 
 
