@@ -138,7 +138,7 @@ def test_names_that_are_too_long_for_a_path_are_refused():
     from bmm.checkpoint import open_checkpoint
     from bmm.errors import CheckpointError
 
-    with pytest.raises(CheckpointError, match="(?i)name too long"):
+    with pytest.raises(CheckpointError, match=r"[Nn]ame too long"):
         open_checkpoint("a" * 3000)
 
 
