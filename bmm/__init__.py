@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         evaluate,
         load_study,
         merge,
+        merge_mergekit,
         reconstruct,
         save,
         tune,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "align": "api", "analyse": "api", "average": "api", "calibrate": "api", "collect_grams": "api",
-    "evaluate": "api", "load_study": "api", "merge": "api", "pareto_figure": "report", "reconstruct": "api",
-    "save": "api", "tune": "api",
+    "evaluate": "api", "load_study": "api", "merge": "api", "merge_mergekit": "api",
+    "pareto_figure": "report", "reconstruct": "api", "save": "api", "tune": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
 }  # fmt: skip
@@ -43,7 +44,7 @@ _MODULES = {"analysis", "anchors", "grams", "rebasin", "solver", "tasks"}
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align",
     "analyse", "analysis", "anchors", "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study",
-    "merge", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tasks", "tune",
+    "merge", "merge_mergekit", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tasks", "tune",
 ]  # fmt: skip
 
 

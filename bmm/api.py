@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .analysis import Analysis, analyse_rows
@@ -19,6 +20,7 @@ from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
+from .mergekit import merge_mergekit
 from .notation import StateDict
 from .opening import open_run, targets
 from .posterior import calibrate
@@ -170,10 +172,12 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
         f"bmm merge --recipe bmm_recipe.yaml --out {out.name}",
     )
 
+    wide = None if recipe.dtype == "same" else torch.float32  # rounded once, to the dtype asked for
+
     def merged(done: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         if recipe.anchor.startswith("path:"):
             return run.anchor_pairs(done=done)
-        return run.anchor_stream(recipe.anchor, recipe.knobs, strict=True, done=done)
+        return run.anchor_stream(recipe.anchor, recipe.knobs, dtype=wide, strict=True, done=done)
 
     return write_stream(run, merged, out, card, overwrite=overwrite)
 
@@ -212,12 +216,18 @@ def collect_grams(
     *,
     tasks: Sequence[Task] | str | None = None,
     model: ModelBuilder | str | None = None,
+    cached: bool = False,
     progress: Progress = silent,
     **keys: Any,
 ) -> dict[str, TaskGrams]:
-    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache."""
+    """Activation Grams by task, of the recipe's ``inputs``, collected or read from the cache.
+
+    A cache that cannot be written is a notice, or with ``cached`` a `WriteError`.
+    """
     run = open_run(make_recipe(recipe, **keys, **targets(tasks, model)), tasks, model, progress)
     grams = run.collect_grams() if run.recipe.inputs == "experts" else run.evidence()[1]
+    if cached and run.unwritten:
+        raise run.unwritten[0]
     return dict(zip(run.experts, grams or [], strict=True))
 
 
@@ -301,5 +311,5 @@ def _spread(value: float | Mapping[str, float] | None, groups: list[str], key: s
 
 __all__ = [
     "align", "analyse", "average", "calibrate", "collect_grams", "evaluate", "load_study", "make_recipe", "merge",
-    "reconstruct", "save", "tune",
+    "merge_mergekit", "reconstruct", "save", "tune",
 ]  # fmt: skip

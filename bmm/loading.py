@@ -16,7 +16,7 @@ from .evaluation.skeleton import from_transformers
 from .groups import AUTO, automatic_groups
 from .layouts import matrix_layouts
 from .progress import Progress
-from .recipe import TASK_FILES, Recipe, load_function
+from .recipe import TASK_FILES, Recipe, call_function, load_function
 
 ModelBuilder = Callable[[], nn.Module]
 
@@ -36,7 +36,7 @@ def build_model(
     elif target == "transformers":
         model, names = from_transformers(folder, stored)
     else:
-        model = load_function(target, "model")()
+        model = call_function(target, "model")
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model returned {type(model).__name__}", "it must return a torch.nn.Module")
     return model, names
@@ -77,7 +77,7 @@ def fit_vocabulary(model: nn.Module, pool: ModelPool) -> nn.Module:
 def find_tasks(target: str, base: str | Path) -> list[Task]:
     """The tasks of a task file, or of a function FILE.py:FUNCTION. Raises `RecipeError` where there are none."""
     if not target.endswith(TASK_FILES):
-        found: list[Task] = load_function(target, "tasks")()
+        found: list[Task] = call_function(target, "tasks")
         return found
     from .tasks.file import load_tasks
 

@@ -17,10 +17,11 @@ import yaml
 from . import anchors
 from .checkpoint.heads import HEADS
 from .checkpoint.vocabulary import VOCABULARIES
-from .errors import RecipeError, did_you_mean
+from .errors import BmmError, RecipeError, did_you_mean
 from .groups import AUTO, SCHEMES
 from .search.engine import ENGINES
 from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
+from .yaml_file import parse_mapping, read_text
 
 GRAMS = ("data", "datafree", "hybrid")
 FISHERS = ("auto", "sampled", "true")
@@ -187,14 +188,7 @@ class Recipe:
     def load(cls, path: Path | str, **overrides: Any) -> Recipe:
         """Read a YAML recipe; relative paths in it are relative to the file; ``overrides`` win."""
         path = Path(path)
-        try:
-            raw = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise RecipeError(f"cannot read recipe {path}: {error.strerror}", "check the path") from error
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}", "see README, 'Recipes'") from error
-        if not isinstance(raw, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of keys to values", "see README, 'Recipes'")
+        raw = parse_mapping(read_text(path), str(path), "see README, 'Recipes'")
         recipe = cls.from_dict(raw, str(path))
         return cls.from_dict(recipe.relative_to(path.parent).to_dict() | overrides, str(path))
 
@@ -334,12 +328,28 @@ def load_function(target: str, key: str) -> Callable[..., Any]:
             module = importlib.import_module(place)
     except RecipeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(
-            f"{key}: {place} cannot be imported: {type(error).__name__}: {error}", "run it alone with python to see why"
+            f"{key}: {place} cannot be imported: {_said(error)}", "run it alone with python to see why"
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
         functions = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise RecipeError(f"{key}: {place} has no function {name!r}", did_you_mean(name, functions or ["(none)"]))
     return found
+
+
+def call_function(target: str, key: str) -> Any:
+    """What the function that ``target`` names returns. Raises `RecipeError` as `load_function`, or where it raises."""
+    function = load_function(target, key)
+    try:
+        return function()
+    except BmmError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"{key}: {target} failed: {_said(error)}", "--debug shows where") from error
+
+
+def _said(error: BaseException) -> str:
+    """An error's type and text on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

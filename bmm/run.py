@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import anchors, zoo
 from .checkpoint import ModelPool
-from .errors import RecipeError
+from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks
 from .evaluation.outputs import SteadyBatches, task_outputs
 from .grams import GramStore, TaskGrams
@@ -85,6 +85,7 @@ class Run:
             self.tasks = [by_name[name] for name in self.experts]
         agree = recipe.objective == "agreement"
         self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
+        self.unwritten: list[WriteError] = []  # Grams that could not be cached
         self._own_scores: dict[str, list[Score]] = {}
         self.builder = model
         self._skeleton: nn.Module | None = None
@@ -114,14 +115,14 @@ class Run:
 
     def collect_grams(self) -> list[TaskGrams]:
         """Activation Grams of every expert on its task's calibration inputs, from the cache where they are there."""
-        skeleton, folder = self.skeleton, cache_folder(self.recipe)
-        collector = GramCollector(self.recipe, skeleton, self.pool.float_names, self._in_model, folder, self.device)
+        skeleton, store = self.skeleton, GramStore(cache_folder(self.recipe) / "grams", self.unwritten)
+        collector = GramCollector(self.recipe, skeleton, self.pool.float_names, self._in_model, store, self.device)
         found = []
         for done, (task, expert) in enumerate(zip(self.tasks, self.pool.experts, strict=True)):
             self.progress("grams", done, len(self.tasks), task.name)
             found.append(collector.of(expert, task))
         self.progress("grams", len(self.tasks), len(self.tasks))
-        for notice in collector.store.notices:  # a stale or damaged cache was rebuilt
+        for notice in store.notices:  # a stale or damaged cache was rebuilt
             self.progress("notice", 1, 1, notice)
         return found
 
@@ -133,7 +134,7 @@ class Run:
             self.pool,
             self.tasks,
             [list(task.calibration_batches(recipe.calibration, recipe.batch_size)) for task in self.tasks],
-            GramStore(cache_folder(recipe) / "grams"),
+            GramStore(cache_folder(self.recipe) / "grams", self.unwritten),
             self._in_model,
             self.device,
             self.progress,

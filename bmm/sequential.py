@@ -12,7 +12,6 @@ Cost: one pass over the calibration inputs a task and step, against one a task f
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from . import anchors
 from .checkpoint import ModelPool, fingerprint_tensors
-from .errors import GramError, WriteError
+from .errors import GramError
 from .evaluation import Task, own_names, swapped
 from .evaluation.task import to_device
 from .grams import GramStore, TaskGrams, collect, fingerprint, reading_order
@@ -115,13 +114,12 @@ class MergedInputs:
         common = fingerprint(models, flat(self.batches), {"merged": settings, "norms": norms, "code": code})
         keys = [fingerprint(common, [], {"task": n}) for n in range(len(self.tasks))]
         found = [grams for grams in map(self.store.load, keys) if grams is not None]
-        for notice in self.store.notices:
-            self.progress("notice", 1, 1, notice)
         if len(found) < len(keys):
             found = self.collect(start, merge, norms)
-            with contextlib.suppress(WriteError):  # a cache that cannot be written costs time, not the run
-                for key, grams in zip(keys, found, strict=True):
-                    self.store.save(key, grams)
+            for key, grams in zip(keys, found, strict=True):
+                self.store.keep(key, grams)
+        for notice in self.store.notices:
+            self.progress("notice", 1, 1, notice)
         return found
 
     def collect(self, start: Mapping[str, Tensor], merge: MergeStep, norms: bool = False) -> list[TaskGrams]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import anchors
 from .anchors.anchor import named_generator
 from .checkpoint import fingerprint_of
-from .errors import WriteError
 from .evaluation import Task, own_names, swapped
 from .evaluation.task import to_device
 from .fisher import FisherStore, Source, collect
@@ -41,7 +40,7 @@ def anchor_needs(anchor: str) -> frozenset[str]:
 
 
 class GramCollector:
-    """Collects activation Grams of models given as tensors by checkpoint name; arguments as `Fishers`.
+    """Collects activation Grams of models given as tensors by checkpoint name; arguments as `Fishers`, and the cache.
 
     Where the recipe bounds the memory and a model's Grams take more than a third of it, the calibration inputs run
     through the model several times, each time for as many modules as fit; each such part is cached by itself.
@@ -53,7 +52,7 @@ class GramCollector:
         skeleton: nn.Module,
         parameters: Sequence[str],
         in_model: Mapping[str, str],
-        folder: Path,
+        store: GramStore,
         device: torch.device,
     ) -> None:
         self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
@@ -63,7 +62,7 @@ class GramCollector:
         sizes = gram_bytes(skeleton, self.names)
         rest = self.names - sizes.keys()  # biases join their weights, wherever those are
         self.parts = [part | rest for part in in_parts(sizes, recipe.max_memory * 2**30 / 3)]
-        self.store = GramStore(folder / "grams")
+        self.store = store
 
     def of(self, model: Tensors, task: Task) -> TaskGrams:
         """The Grams of one expert on its task's calibration inputs; they read from disk where the cache took them."""
@@ -88,10 +87,8 @@ class GramCollector:
             inputs = (to_device(b, self.device) for b in batches)
             found = collect_grams(self.skeleton, task.forward, inputs, names=names, norms=self.norms)
         found = found.renamed(self.stored)
-        with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs time, not the run
-            self.store.save(key, found)
-            return self.store.load(key) or found
-        return found
+        self.store.keep(key, found)
+        return self.store.load(key) or found
 
 
 class Fishers:
@@ -142,10 +139,8 @@ class Fishers:
         with swapped(self.skeleton, tensors, self.device):
             collected = collect(self.skeleton, sources, names=set(self.names.values()))
         stored = {name: collected[own] for name, own in self.names.items()}
-        with contextlib.suppress(OSError, WriteError):  # a cache that cannot be written costs memory, not the run
-            self.store.save(key, stored)
-            return self.store.load(key) or stored
-        return stored
+        self.store.keep(key, stored)  # read back from there, it takes no memory
+        return self.store.load(key) or stored
 
     def _batches(self, task: Task) -> Iterator[tuple[Any, Any]]:
         most, size = self.recipe.calibration, self.recipe.batch_size

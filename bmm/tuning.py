@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import StudyError
+from .checkpoint.atomic import writing
+from .errors import StudyError, WriteError
 from .evaluation import Task
 from .loading import ModelBuilder
 from .merging import PreparedModel
@@ -72,7 +73,7 @@ def tune_recipe(
     engine_row(recipe.engine).require(recipe.engine)
     check_workers(recipe, tasks, model)
     out = Path(recipe.out)
-    if not resume and (out / STUDY).exists():
+    if not resume and StudyDatabase.begun(out / STUDY):
         raise StudyError(
             f"{out} already holds a study", f"continue it with `bmm tune --resume {out}`, or choose another --out"
         )
@@ -117,7 +118,11 @@ def tune_recipe(
                 should_stop=should_stop,
             )
         goal = Goal.from_json(database.meta()["search"])
-        return finish(run, prepared, trials, experts, seconds, goal)
+        try:
+            return finish(run, prepared, trials, experts, seconds, goal)
+        except WriteError as error:
+            hint = f"{error.hint}; no trial is lost: then `bmm tune --resume {out}`"
+            raise WriteError(error.message, hint) from error
 
 
 def search_space(run: Run, groups: list[str]) -> Space:
@@ -174,10 +179,14 @@ def finish(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all. Raises `WriteError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_result(folder: str | Path) -> StudyResult:

@@ -26,7 +26,7 @@ def command(recipe: str | None, as_json: bool, quiet: bool, debug: bool, **value
 
     chosen = load_recipe(recipe, values)
     with Console(quiet) as console:
-        grams = collect_grams(chosen, progress=console.stage)
+        grams = collect_grams(chosen, cached=True, progress=console.stage)
     rows: list[dict[str, Any]] = [
         {
             "task": name,

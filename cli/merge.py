@@ -16,6 +16,7 @@ from .output import Console, emit, written
 @click.option("--rho", type=float, default=1.0, show_default=True, help="Assembly scale that goes with --lam.")
 @click.option("--study", type=click.Path(exists=True), help="Merge as the best trial of this study.")
 @click.option("--trial", type=int, default=None, help="With --study: this trial in place of the best.")
+@click.option("--from-mergekit", type=click.Path(dir_okay=False), help="Merge as this recipe of mergekit says.")
 @click.option("--masks", is_flag=True, help="Keep a mask a task for `bmm reconstruct` (anchors emr, consensus_ta).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder once the new one is whole.")
 @recipe_options(*ANCHOR, *INPUT, *BMM, *GRAMS, *RUNTIME, *OUTPUT)
@@ -26,6 +27,7 @@ def command(
     rho: float,
     study: str | None,
     trial: int | None,
+    from_mergekit: str | None,
     masks: bool,
     overwrite: bool,
     recipe: str | None,
@@ -45,10 +47,20 @@ def command(
     bmm merge --anchor emr --masks --out merged                               bmm reconstruct merged --task NAME
     bmm merge --anchor tsv --grams datafree --lam 1 --out merged
     bmm merge --study runs/vit8-tsv-hybrid-seed0 --trial 7 --out merged
+    bmm merge --from-mergekit config.yml --expert org/model=FOLDER --out merged
     """
-    from bmm.api import merge
+    from bmm.api import merge, merge_mergekit
 
     from .options import collected
+
+    if from_mergekit:
+        if study or trial is not None or recipe or masks or lam is not None:
+            raise click.UsageError("--from-mergekit is a recipe of its own; drop --recipe, --study, --lam and --masks")
+        keys = _mergekit_keys(collected(values))
+        with Console(quiet) as console:
+            path = merge_mergekit(from_mergekit, out=out, overwrite=overwrite, progress=console.stage, **keys)
+        emit(f"merged checkpoint: {path}", {"checkpoint": str(path)}, as_json)
+        return
 
     if study and (lam is not None or recipe):
         raise click.UsageError("--study brings its own recipe and hyperparameters; drop --lam and --recipe")
@@ -63,3 +75,12 @@ def command(
         path = merge(lam=lam, rho=rho, out=out, overwrite=overwrite, masks=masks, progress=console.stage, **source)
     line, found = written(path)
     emit(f"merged checkpoint: {path}{line}", {"checkpoint": str(path)} | found, as_json)
+
+
+def _mergekit_keys(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags that go with a recipe of mergekit, as keywords of `bmm.merge_mergekit`."""
+    taken = {"experts": "models", "skip": "skip", "device": "device", "dtype": "dtype", "shard_gib": "shard_gib"}
+    if others := [key for key in given if key not in taken]:
+        flag = others[0].replace("_", "-")
+        raise click.UsageError(f"--from-mergekit says what is merged and how; drop --{flag}")
+    return {taken[key]: value for key, value in given.items()}

@@ -227,3 +227,14 @@ def test_early_stopping_from_end_to_end(family, tmp_path):
         assert trial.scores.items() < whole.trials[trial.number].scores.items()
     report = (tmp_path / "quick" / "report.md").read_text()
     assert f"{len(stopped)} stopped early" in report
+
+
+def test_a_dtype_that_is_asked_for_is_the_only_rounding(tmp_path):
+    values = {"base": [1.0, 1.0], "a": [1.0, 1.0078125], "b": [1.0, 1.0]}  # their mean is no bfloat16
+    for name, value in values.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(value, dtype=torch.bfloat16)}, tmp_path / name / "model.safetensors")
+    given = {"base": str(tmp_path / "base"), "experts": {n: str(tmp_path / n) for n in "ab"}, "anchor": "average"}
+    for dtype, last in (("float32", 1.00390625), ("float16", 1.00390625), ("same", 1.0)):
+        out = bmm.merge(given, out=tmp_path / dtype, dtype=dtype)
+        assert load_file(out / "model.safetensors")["w"].tolist() == [1.0, last]

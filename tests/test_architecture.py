@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
     ["errors", "dominance"],
-    ["notation", "records", "progress", "roles", "shared"],
+    ["notation", "records", "progress", "roles", "shared", "yaml_file"],
     ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],
@@ -37,7 +37,7 @@ LAYERS = [
     ["opening", "workers", "adapting"],
     ["writing"],
     ["rebasin"],
-    ["tuning", "masking", "trajectory"],
+    ["tuning", "masking", "trajectory", "mergekit"],
     ["posterior"],
     ["saving"],
     ["api"],

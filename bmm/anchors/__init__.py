@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .anchor import Anchor, Context, Knob, matrix_shape
 from .compress import emr_compress, tall_compress
+from .each import Way, merge_each
 from .inputs import Progress
 from .masked import MaskedModels
 from .registry import ANCHORS, get, resolve_knobs
@@ -22,10 +23,12 @@ __all__ = [
     "Knob",
     "MaskedModels",
     "Progress",
+    "Way",
     "emr_compress",
     "get",
     "matrix_shape",
     "merge",
+    "merge_each",
     "merge_stream",
     "resolve_knobs",
     "tall_compress",

@@ -106,7 +106,7 @@ def _require_count(anchor: Anchor, experts: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One merge: the method with its knobs, what it reads, what it knows."""
 
     anchor: Anchor
@@ -169,6 +169,21 @@ class _Job:
             return state
         parts = ((w0, taus) for _, w0, taus in self.inputs.parts(name, stored))
         return self.anchor.measure(parts, self.knobs, self.weights)
+
+    def merged(self, name: str, stored: Tensor, depth: float, strength: float, state: Any) -> Tensor:
+        """The merged tensor of the one that is ``stored`` in the base: w0 plus ``strength`` times what `merge` gives;
+        a copy of the base's where it is not floating."""
+        if stored.is_floating_point():
+            place = "cpu" if stored.is_meta else stored.device
+            merged = torch.empty(stored.shape, dtype=self.dtype or stored.dtype, device=place)
+        else:
+            merged = stored.clone(memory_format=torch.contiguous_format)
+        with one_thread(self.anchor.elementwise):
+            known = self.measured(name, stored, state)
+            for where, w0, taus in self.inputs.parts(name, stored):
+                found = (strength * self.merge(self.context(name, w0, depth, known), taus)).add_(w0)
+                _store(found, merged.view(-1)[where], f"{name}, merged by {self.anchor.name},")
+        return merged
 
     def context(self, name: str, w0: Tensor, depth: float, state: Any) -> Context:
         """What the kernel may look at for one tensor; Fishers are read here, one tensor at a time."""
@@ -269,7 +284,7 @@ def merge_stream(
         progress,
         anchor.elementwise,
     )
-    job = _Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
+    job = Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
     return _run(job, base, tied, frozenset(done) - set(tied.values()))
 
 
@@ -282,7 +297,7 @@ _SOURCES = {
 }
 
 
-def _run(job: _Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+def _run(job: Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
     anchor, inputs = job.anchor, job.inputs
     keep_pages()
     score = _with_ties(job.statistics.score, tied)
@@ -299,18 +314,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str
         if name in tied:
             merged = shared[tied[name]]
         else:
-            stored = inputs.stored(name)
-            if stored.is_floating_point():
-                place = "cpu" if stored.is_meta else stored.device
-                merged = torch.empty(stored.shape, dtype=job.dtype or stored.dtype, device=place)
-            else:
-                merged = stored.clone(memory_format=torch.contiguous_format)
-            strength = job.scale * factor(name)
-            with one_thread(anchor.elementwise):
-                known = job.measured(name, stored, state)
-                for where, w0, taus in inputs.parts(name, stored):
-                    found = (strength * job.merge(job.context(name, w0, depths[name], known), taus)).add_(w0)
-                    _store(found, merged.view(-1)[where], f"{name}, merged by {anchor.name},")
+            merged = job.merged(name, inputs.stored(name), depths[name], job.scale * factor(name), state)
             if name in targets:
                 shared[name] = merged
         yield name, merged
@@ -318,7 +322,7 @@ def _run(job: _Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str
             inputs.progress("merge", done, len(base))
 
 
-def _depth_factor(job: _Job, depths: Mapping[str, float], state: Any) -> Callable[[str], float]:
+def _depth_factor(job: Job, depths: Mapping[str, float], state: Any) -> Callable[[str], float]:
     """What a method under LiNeS multiplies each tensor's task vector by; 1 for every other method."""
     if job.anchor.wrapped is None:
         return lambda name: 1.0

@@ -8,6 +8,7 @@ user names directly may be any link.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Layout:
 
 def find_layout(path: Path) -> Layout:
     """The weight files at ``path``; `CheckpointError` where there are none, too many, or an unfinished set."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False for impossible names too
         FileStamp.take(path)
         if path.suffix not in SINGLE_SUFFIXES:
             raise CheckpointError(f"{path}: not a known kind of weight file", FORMS)

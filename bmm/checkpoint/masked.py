@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def open_masked(folder: str | Path, base: str | Path | Checkpoint | None = None)
     unified, masks = open_checkpoint(folder), open_checkpoint(inside(folder, MASKS))
     if not isinstance(base, Checkpoint):
         path = Path(base) if base is not None else Path(origin["path"])
-        if base is None and not path.exists():
+        if base is None and not os.path.exists(path):  # False for impossible names too
             raise CheckpointError(f"{folder}: its base {path} is gone", "say where it is now: --base FOLDER")
         base = open_checkpoint(path, skip=origin["skip"])
     if base.fingerprint() != origin["fingerprint"]:
@@ -138,6 +139,7 @@ def _described(folder: Path, said: Mapping[str, Any]) -> tuple[str, tuple[str, .
         and all(isinstance(scale, float) and math.isfinite(scale) for scale in rescalers)
         and isinstance(origin, dict)
         and isinstance(origin.get("path"), str)
+        and isinstance(origin.get("fingerprint"), str)
         and isinstance(origin.get("skip"), list)
         and all(isinstance(pattern, str) for pattern in origin["skip"])
     )

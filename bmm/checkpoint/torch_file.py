@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -19,6 +20,8 @@ from .tied import shared_groups
 
 NESTED_KEYS = ("state_dict", "model")
 REFUSED = re.compile(r"(?:GLOBAL|class|instantiate|call|function)\s+([\w]+\.[\w.]+)")
+MAX_TEXT = 4096
+"""Characters of a name in a pickle."""
 SAVE_AGAIN = "save it again with torch.save(model.state_dict(), ...) or as safetensors"
 
 
@@ -59,11 +62,28 @@ class TorchFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entries = archive.infolist()
+                self._check_pickle(archive, [entry for entry in entries if entry.filename.endswith("/data.pkl")])
+        except CheckpointError:
+            raise
         except Exception as error:  # a damaged directory raises nearly anything
             raise CheckpointError(f"{self.path}: damaged archive ({reason(error)})", SAVE_AGAIN) from None
         total = sum(entry.file_size for entry in entries)
         if total > self._stamp.size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError(f"{self.path}: a compressed or damaged archive", SAVE_AGAIN)
+
+    def _check_pickle(self, archive: zipfile.ZipFile, pickles: list[zipfile.ZipInfo]) -> None:
+        """Refuse long texts: what torch says of a class it does not load takes hours where the name is long."""
+        for entry in pickles:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > self._stamp.size:
+                continue  # refused below
+            entry.CRC = None  # type: ignore[assignment]  # torch may be told to write no checksums
+            try:
+                texts = [arg for _, arg, _ in pickletools.genops(archive.read(entry)) if isinstance(arg, str)]
+            except Exception as error:  # as for the archive
+                raise CheckpointError(f"{self.path}: cannot be loaded (damaged pickle)", SAVE_AGAIN) from error
+            longest = max(map(len, texts), default=0)
+            if longest > MAX_TEXT:
+                raise CheckpointError(f"{self.path}: its pickle holds a text of {longest} characters", SAVE_AGAIN)
 
     def _load(self) -> dict[str, Tensor]:
         try:

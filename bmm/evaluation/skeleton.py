@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,17 +38,28 @@ def from_transformers(
         raise RecipeError(f"{folder} has no config.json to build the model from", _HINT)
     try:
         names = json.loads(config_file.read_text()).get("architectures") or []
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise RecipeError(f"{config_file} is not a JSON object", _HINT) from error
-    if not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise RecipeError(f"{config_file} names no architecture", _HINT)
     try:
         import transformers
     except ImportError as error:
         raise RecipeError("this checkpoint needs transformers", "pip install 'bmm-tuner[hf]'") from error
     kind = getattr(transformers, names[0], None)
-    if kind is None:
+    if kind is None or not hasattr(kind, "config_class"):
         raise RecipeError(f"transformers {transformers.__version__} has no {names[0]}", _HINT)
+    try:
+        return _built(kind, folder, stored, outline)
+    except RecipeError:
+        raise
+    except Exception as error:  # a damaged config fails anywhere in transformers
+        raise RecipeError(
+            f"{config_file}: transformers cannot build {names[0]}: {' '.join(str(error).split())[:300]}", _HINT
+        ) from error
+
+
+def _built(kind: Any, folder: str | Path, stored: Iterable[str], outline: bool) -> tuple[nn.Module, dict[str, str]]:
     with torch.device("meta") if outline else _unset_weights():
         model: nn.Module = kind(kind.config_class.from_pretrained(str(folder)))
     if not outline:

@@ -215,6 +215,8 @@ def check_tasks(tasks: Iterable[Task], experts: Sequence[str] | None = None, lab
 
     Without ``labels`` validation data need none; test data, where there are any, always do.
     """
+    if not isinstance(tasks, Iterable):
+        raise RecipeError(f"expected a list of bmm.Task, got {type(tasks).__name__}", "return a list of bmm.Task")
     listed = list(tasks)
     for task in listed:
         if not isinstance(task, Task):

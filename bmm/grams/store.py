@@ -86,13 +86,27 @@ def _code_of(thing: Any) -> str:
 
 
 class TensorStore:
-    """A folder of caches, one file a fingerprint; ``notices`` collects what was found stale or damaged, a line each."""
+    """A folder of caches, one file a fingerprint; ``notices`` collects what was found stale or damaged, or could not be
+    written, a line each, and ``unwritten`` the errors of the latter."""
 
     what = "tensor"
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, unwritten: list[WriteError] | None = None) -> None:
         self.folder = Path(folder)
         self.notices: list[str] = []
+        self.unwritten: list[WriteError] = [] if unwritten is None else unwritten
+
+    def save(self, fingerprint: str, found: Any) -> Path:
+        """Write what was found, replacing what is there in one step. Raises `WriteError` where that fails."""
+        raise NotImplementedError
+
+    def keep(self, fingerprint: str, found: Any) -> None:
+        """`save` where that is possible: a cache that cannot be written costs time, not the run."""
+        try:
+            self.save(fingerprint, found)
+        except WriteError as error:
+            self.unwritten.append(error)
+            self.notices.append(f"{error.message}: going on without")
 
     def path(self, fingerprint: str) -> Path:
         """The file of a fingerprint. Raises `GramError` for anything but letters, digits, "-" and "_"."""

@@ -20,7 +20,7 @@ from ..evaluation.skeleton import stored_names
 from ..loading import ModelBuilder
 from ..notation import StateDict, Tensors
 from ..progress import Progress, silent
-from ..recipe import Recipe, load_function
+from ..recipe import Recipe, call_function
 from ..report import versions
 from ..run import Run
 from .barrier import Barrier, Loss, measure_barrier
@@ -130,7 +130,7 @@ class Aligner:
         builder = None if isinstance(model, str) else model
         self.run = Run(recipe, model=builder, progress=progress, need_tasks=False)
         self.pool = self.run.pool
-        given = load_function(tasks, "tasks")() if isinstance(tasks, str) else tasks
+        given = call_function(tasks, "tasks") if isinstance(tasks, str) else tasks
         self.tasks = check_tasks(given) if given is not None else []
         self._own: dict[str, str] = {}  # checkpoint name -> the model's, where they differ
         if self.tasks and recipe.model == "transformers" and builder is None:

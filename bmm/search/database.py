@@ -69,7 +69,9 @@ class StudyDatabase:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StudyError(f"cannot create the folder {path.parent}: {error.strerror}") from error
+            raise StudyError(
+                f"cannot create the folder {path.parent}: {error.strerror}", "give another folder for the study"
+            ) from error
         lock = StudyLock(path)
         connection: sqlite3.Connection | None = None
         try:
@@ -92,6 +94,18 @@ class StudyDatabase:
             lock.release()
             raise
         return database
+
+    @staticmethod
+    def begun(path: str | Path) -> bool:
+        """Whether `create` would refuse this path: there is a file, and it is not the empty rest of a cut-off start."""
+        path = Path(path)
+        if not path.is_file():
+            return path.exists()
+        try:
+            with contextlib.closing(_connect(path, "ro")) as connection:
+                return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        except sqlite3.Error:
+            return True
 
     @classmethod
     def open(cls, path: str | Path, readonly: bool = False) -> StudyDatabase:
@@ -230,7 +244,14 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
             f"{path} was written by a newer bmm (schema {schema}, this one reads up to {SCHEMA})", "upgrade bmm-tuner"
         )
     if (verdict := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise StudyError(f"{path} is damaged: {verdict}", "restore it from a copy, or start a new study")
+        raise StudyError(
+            f"{path} is damaged: {' '.join(str(verdict).split())}", "restore it from a copy, or start a new study"
+        )
+
+
+def _line(said: object) -> str:
+    """SQLite quotes what it finds in a damaged file, line ends included."""
+    return " ".join(str(said).split())
 
 
 @contextlib.contextmanager
@@ -239,13 +260,15 @@ def _readable_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise StudyError(
-            f"cannot use the study {path}: {error}", "is the folder readable and writable, the disk not full?"
+            f"cannot use the study {path}: {_line(error)}",
+            "is the folder readable and writable, the disk not full?",
         ) from error
     except sqlite3.IntegrityError as error:
         raise StudyError(f"study {path}: {error}") from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise StudyError(
-            f"{path} is damaged or not a study: {error}", "restore it from a copy, or start a new study"
+            f"{path} is damaged or not a study: {_line(error)}",
+            "restore it from a copy, or start a new study",
         ) from error
 
 

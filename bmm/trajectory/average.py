@@ -18,7 +18,7 @@ from ..linalg import require_finite
 from ..loading import ModelBuilder, build_model, find_device
 from ..notation import StateDict
 from ..progress import Progress, silent
-from ..recipe import load_function, storage_dtype
+from ..recipe import call_function, storage_dtype
 from ..report import average_card
 from .checkpoints import open_run
 from .schemes import Scheme
@@ -192,7 +192,7 @@ class _Norms:
     def prepare(self, newest: Checkpoint, tasks: Any, model: Any, device: str) -> None:
         """Load the tasks, build the model and check it, before anything is averaged."""
         self.device = find_device(device)
-        self.tasks: list[Task] = list(load_function(tasks, "tasks")() if isinstance(tasks, str) else tasks)
+        self.tasks: list[Task] = list(call_function(tasks, "tasks") if isinstance(tasks, str) else tasks)
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
             raise RecipeError("tasks must be a list of bmm.Task", "give at least one, with calibration inputs")
         target = model if isinstance(model, str) else "transformers"
