@@ -42,9 +42,10 @@ from bmm.checkpoint import open_checkpoint
 from bmm.checkpoint.masked import open_masked
 from bmm.errors import BmmError
 from bmm.evaluation import check_tasks
+from bmm.functions import call_function
 from bmm.mergekit.config import MergekitConfig
 from bmm.mergekit.plan import Plan
-from bmm.recipe import Recipe, call_function
+from bmm.recipe import Recipe
 from bmm.records import Hyperparameters, Trial
 from bmm.search.database import StudyDatabase
 

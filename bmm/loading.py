@@ -13,10 +13,11 @@ from .checkpoint import Checkpoint, ModelPool
 from .errors import RecipeError
 from .evaluation import Task
 from .evaluation.skeleton import from_transformers
+from .functions import call_function, load_function
 from .groups import AUTO, automatic_groups
 from .layouts import matrix_layouts
 from .progress import Progress
-from .recipe import TASK_FILES, Recipe, call_function, load_function
+from .recipe import TASK_FILES, Recipe
 
 ModelBuilder = Callable[[], nn.Module]
 

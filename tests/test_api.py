@@ -83,7 +83,7 @@ def test_occupied_folder_is_refused(study):
 
 
 def test_live_tasks_and_model_in_place_of_files(family, tmp_path):
-    from bmm.recipe import load_function
+    from bmm.functions import load_function
 
     tasks, model = load_function(f"{family.file}:tasks", "t")(), load_function(f"{family.file}:model", "m")
     result = bmm.tune(

@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A file imports only from the layers above its own.
 LAYERS = [
     ["errors", "dominance"],
-    ["notation", "records", "progress", "roles", "shared", "yaml_file"],
+    ["notation", "records", "progress", "functions", "roles", "shared", "yaml_file"],
     ["linalg", "groups"],
     ["checkpoint"],
     ["grams"],

@@ -11,7 +11,7 @@ from bmm_cli.main import main
 import bmm
 from bmm.checkpoint import open_checkpoint
 from bmm.errors import BmmError, CheckpointError, RecipeError, StudyError
-from bmm.recipe import call_function
+from bmm.functions import call_function
 from bmm.search.database import StudyDatabase
 from tests.family import TASKS
 

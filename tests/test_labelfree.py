@@ -7,7 +7,8 @@ import pytest
 
 import bmm
 from bmm.errors import RecipeError, StudyError
-from bmm.recipe import Recipe, load_function
+from bmm.functions import load_function
+from bmm.recipe import Recipe
 from bmm.run import Run
 from bmm.search.database import StudyDatabase
 from bmm.search.space import Space

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 import bmm
 from bmm.anchors.anchor import named_generator
 from bmm.errors import RecipeError, StudyError
+from bmm.functions import load_function
 from bmm.merging import PreparedModel, Slot
 from bmm.posterior import GRID, REFINEMENTS, Judge, Sampler, choose_sigma
-from bmm.recipe import Recipe, load_function
+from bmm.recipe import Recipe
 from bmm.records import Calibration, Hyperparameters
 from bmm.report import calibration_report
 from bmm.run import Run

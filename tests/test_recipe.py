@@ -2,7 +2,8 @@ import pytest
 import yaml
 
 from bmm.errors import BmmError, RecipeError
-from bmm.recipe import Recipe, load_function
+from bmm.functions import load_function
+from bmm.recipe import Recipe
 
 
 def test_defaults_round_trip_through_yaml(tmp_path):

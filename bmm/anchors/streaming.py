@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,30 +17,9 @@ from ..notation import StateDict, Tensors
 from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weighted_mean
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
 from .lines import profile
+from .measured import SOURCES, Statistics, fisher_of, grams_of
 from .registry import get, resolve_knobs
 from .resources import keep_pages, one_thread
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What was measured of experts and base for methods that need it (``Anchor.needs``); all of it may be missing.
-
-    ``grams``: parameter name -> T Grams (i, i) of the inputs of that weight; (i + 1, i + 1) where a bias joins, of
-    which the weight's block is used. ``fisher``: T mappings from parameter name to a diagonal Fisher in the
-    parameter's shape; ``base_fisher`` the same for the base. ``score``: how good a model is, higher is better, given
-    its tensors by name.
-    """
-
-    grams: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    fisher: Sequence[Tensors] = ()
-    base_fisher: Tensors | None = None
-    score: Callable[[Tensors], float] | None = None
-
-    def has(self, need: str, names: Collection[str]) -> bool:
-        """Whether the statistic of that name is there for at least one of the parameters."""
-        if need in ("grams", "sequential_grams"):
-            return not set(names).isdisjoint(self.grams)
-        return bool(self.fisher) if need == "fisher" else getattr(self, need) is not None
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,22 +36,6 @@ def _store(result: Tensor, into: Tensor, label: str) -> None:
         require_finite(label, result)
     limit = torch.finfo(into.dtype).max
     into.copy_((result.clamp(-limit, limit) if max(-low, high) > limit else result).reshape(-1))
-
-
-def _grams_of(
-    name: str, shape: tuple[int, int], stack: Sequence[Tensor], kept: Sequence[int], experts: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """The T Grams (i, i) of a weight (o, i), checked; the last row and column of a joined bias are cut off."""
-    width = shape[1]
-    if len(stack) != experts:
-        raise MergeError(f"{name} has {len(stack)} Grams for {experts} experts", "collect one Gram an expert")
-    for gram in stack:
-        if tuple(gram.shape) not in ((width, width), (width + 1, width + 1)):
-            raise MergeError(
-                f"{name}: a Gram is {tuple(gram.shape)}, the weight has {width} inputs",
-                f"it must be ({width}, {width}), one more with a joined bias; name (in, out) weights in `transposed`",
-            )
-    return tuple(stack[t][:width, :width].to(device) for t in kept)
 
 
 def checked_weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:
@@ -143,7 +106,7 @@ class Job:
         stack = None
         if anchor.needs & {"grams", "sequential_grams"} and name in self.statistics.grams and w0.dim() >= 2:
             shape = w0.shape[0], w0[0].numel()  # a Gram says that this is a weight: a leading 1 is one output
-            stack = _grams_of(name, shape, self.statistics.grams[name], self.kept, self.count, taus.device)
+            stack = grams_of(name, shape, self.statistics.grams[name], self.kept, self.count, taus.device)
         if shape is None:
             return anchor.others(taus, context) if anchor.others else weighted_mean(taus, context.weights)
         flat = taus.reshape(-1, *shape)  # (T, o, i)
@@ -190,24 +153,11 @@ class Job:
         fishers, base_fisher = self.statistics.fisher, self.statistics.base_fisher
         fisher = None
         if "fisher" in self.anchor.needs | self.anchor.takes and fishers:
-            fisher = torch.stack([_fisher_of(name, w0, f) for f in fishers])  # (T, *shape)
+            fisher = torch.stack([fisher_of(name, w0, f) for f in fishers])  # (T, *shape)
         before = None
         if "base_fisher" in self.anchor.needs and base_fisher is not None:
-            before = _fisher_of(name, w0, base_fisher)
+            before = fisher_of(name, w0, base_fisher)
         return Context(name, w0, self.weights, None, fisher, before, depth, state)
-
-
-def _fisher_of(name: str, w0: Tensor, fisher: Tensors) -> Tensor:
-    """A diagonal Fisher in the shape, dtype and device of ``w0``; zero where a parameter has none."""
-    if name not in fisher:
-        return torch.zeros_like(w0)
-    found = fisher[name].to(w0)
-    if found.shape != w0.shape:
-        raise MergeError(f"{name}: its Fisher is {tuple(found.shape)}, not {tuple(w0.shape)}", "collect it again")
-    require_finite(f"{name}: its Fisher", found)
-    if bool((found < 0).any()):
-        raise MergeError(f"{name}: its Fisher has negative entries", "a Fisher is a mean of squares; collect it again")
-    return found
 
 
 def merge_stream(
@@ -270,7 +220,7 @@ def merge_stream(
     statistics = Statistics(grams or {}, [fisher[t] for t in kept] if fisher else (), base_fisher, score)
     for need in sorted(anchor.needs):
         if not statistics.has(need, names):
-            raise MergeError(f"anchor {name} needs {NEEDS[need]}", _SOURCES[need])
+            raise MergeError(f"anchor {name} needs {NEEDS[need]}", SOURCES[need])
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
@@ -286,15 +236,6 @@ def merge_stream(
     )
     job = Job(anchor, values, inputs, task_weights.to(place), kept, count, statistics, frozenset(transposed), dtype)
     return _run(job, base, tied, frozenset(done) - set(tied.values()))
-
-
-_SOURCES = {
-    "grams": "collect them first (bmm gram) and give them as grams={parameter name: [T Grams]}",
-    "sequential_grams": "use bmm.merge or `bmm merge`, which collect them, or give grams={parameter name: [T Grams]}",
-    "fisher": "use bmm.merge or `bmm merge`, which collect it, or give fisher=[{parameter name: diagonal}] by expert",
-    "base_fisher": "use bmm.merge or `bmm merge`, which collect it, or give base_fisher={parameter name: diagonal}",
-    "score": "use bmm.merge or `bmm merge` with tasks, or give score=function of a model's tensors",
-}
 
 
 def _run(job: Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]) -> Iterator[tuple[str, Tensor]]:

@@ -64,7 +64,8 @@ def merge_mergekit(
     kept = storage_dtype(dtype)
     inputs = [folders[source.model] for source in plan.inputs]
     base = folders[plan.origin] if plan.origin else inputs[0]
-    pool = ModelPool.open(base, inputs, skip=skip, task_names=[source.model for source in plan.inputs])
+    names = [source.model for source in plan.inputs]
+    pool = ModelPool.open(base, inputs, skip=skip, task_names=names, vocabulary="rows")
     _require_layers(config, pool)
     if config.tokenizer:
         require_one_vocabulary(base, inputs, f"{config.where}: tokenizer {config.tokenizer!r}")

@@ -17,10 +17,11 @@ from ..errors import RecipeError
 from ..evaluation import Task, check_tasks
 from ..evaluation.batchnorm import batchnorms
 from ..evaluation.skeleton import stored_names
+from ..functions import call_function
 from ..loading import ModelBuilder
 from ..notation import StateDict, Tensors
 from ..progress import Progress, silent
-from ..recipe import Recipe, call_function
+from ..recipe import Recipe
 from ..report import versions
 from ..run import Run
 from .barrier import Barrier, Loss, measure_barrier

@@ -14,11 +14,12 @@ from ..checkpoint.atomic import destination
 from ..errors import RecipeError, did_you_mean
 from ..evaluation import Task, check_skeleton
 from ..evaluation.batchnorm import measure_batchnorm
+from ..functions import call_function
 from ..linalg import require_finite
 from ..loading import ModelBuilder, build_model, find_device
 from ..notation import StateDict
 from ..progress import Progress, silent
-from ..recipe import call_function, storage_dtype
+from ..recipe import storage_dtype
 from ..report import average_card
 from .checkpoints import open_run
 from .schemes import Scheme

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import bmm
 from bmm.api import make_recipe
 from bmm.errors import RecipeError
-from bmm.recipe import load_function
+from bmm.functions import load_function
 from bmm.run import Run
 from bmm.tasks import KINDS, load_tasks
 from tests.families import save
