@@ -14,6 +14,7 @@ from bmm.records import Hyperparameters, Trial, TrialKind
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
 from bmm.search.goal import PLAIN, Goal, check_stopping
+from bmm.search.refine import Coarse, Refined, plan
 from bmm.search.space import Space
 from bmm.search.stopping import Stopper
 
@@ -37,6 +38,7 @@ def run_study(
     floor: Mapping[str, float] | None = None,
     objectives: Sequence[str] = (),
     early_stopping: float = 0.0,
+    refine: Sequence[Coarse] = (),
     objective_name: str = "labels",
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -53,6 +55,9 @@ def run_study(
     and the trial is stopped where the probability that it becomes the best falls below that value
     (`bmm.search.stopping`): give a mapping that scores a task when it is read.
 
+    With ``refine``, nested coarsenings of the space's groups (`bmm.groups.coarser_groups`), the search goes through
+    stages (`bmm.search.refine`); where these begin is settled by the budget the study is begun with.
+
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
     each evaluation; ``should_stop`` is asked before each.
@@ -67,12 +72,20 @@ def run_study(
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
     check_stopping(early_stopping, goal, floor or {}, objectives)
-    suggester = build_engine(engine, space, seed, aim.coefficients(), aim)
+
+    def build(tied: Space) -> Engine:
+        return build_engine(engine, tied, seed, aim.coefficients(), aim)
+
+    suggester, staged = build(space), dict[str, Any]()
+    if refine:
+        stages = plan(refine, space.groups, budget, database.meta().get(_IDENTITY, {}).get("refine"))
+        suggester, staged = Refined(space, stages, aim, build), {"refine": [stage.to_json() for stage in stages]}
     stopper = Stopper(aim.coefficients(), seed, early_stopping) if early_stopping else None
     _claim(
         database,
         {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json(), "objective": objective_name}
-        | ({"early_stopping": early_stopping} if early_stopping else {}),
+        | ({"early_stopping": early_stopping} if early_stopping else {})
+        | staged,
     )
     trials = database.trials()
     if len(trials) > budget:
