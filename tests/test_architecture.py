@@ -32,7 +32,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["loading", "statistics"],
     ["run"],
-    ["opening"],
+    ["opening", "choosing"],
     ["rebasin"],
     ["tuning", "masking", "trajectory"],
     ["posterior"],
