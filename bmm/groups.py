@@ -121,6 +121,40 @@ def automatic_groups(
     return "global", 1
 
 
+REFINABLE = "choose groups: depth, role, bands or module (auto needs a budget for more than one), or drop refine"
+
+
+def coarser_groups(
+    groups: Mapping[str, str], scheme: str, overrides: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """Nested coarsenings of a grouping, coarsest first: all groups in one, then one a role where roles are split.
+
+    ``groups`` is what `search_groups` made of the weights by ``scheme`` and ``overrides``. Each coarsening gives every
+    group the name of the coarse group it belongs to; an overriding group of several roles joins these.
+    Raises `RecipeError` where there is but one group.
+    """
+    fine = dict.fromkeys(groups.values())
+    if len(fine) < 2:
+        raise RecipeError("nothing to refine: all modules share one group", REFINABLE)
+    found = [dict.fromkeys(fine, "all")]
+    if scheme in ("bands", "module"):
+        roles = _joined(groups, search_groups(groups, "role", 1, overrides))
+        if 1 < len(set(roles.values())) < len(fine):
+            found.append(roles)
+    return found
+
+
+def _joined(groups: Mapping[str, str], roles: Mapping[str, str]) -> dict[str, str]:
+    """The finest coarsening of ``groups`` in which each role of the weights lies in one part, named after its roles."""
+    parts: list[tuple[set[str], set[str]]] = []  # groups, and roles in them
+    for weight, group in groups.items():
+        touched = [part for part in parts if group in part[0] or roles[weight] in part[1]]
+        joined = {group}.union(*(g for g, _ in touched)), {roles[weight]}.union(*(r for _, r in touched))
+        parts = [part for part in parts if part not in touched] + [joined]
+    names = {group: "+".join(sorted(within)) for members, within in parts for group in members}
+    return {group: names[group] for group in dict.fromkeys(groups.values())}
+
+
 _NUMBERED = re.compile(r"(?:(?:encoder_|decoder_)?layer_?|stage_?|block_?|group_?|res|denseblock_?|denselayer_?)?(\d+)")
 """A number, or a block's name that ends in one: 3, layer1, encoder_layer_11, denseblock2."""
 _STAGES = frozenset({"layers", "stages", "blocks"})

@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .evaluation import Task
 from .evaluation.skeleton import from_transformers
 from .functions import call_function, load_function
-from .groups import AUTO, automatic_groups
+from .groups import AUTO, automatic_groups, coarser_groups, search_groups
 from .layouts import matrix_layouts
 from .progress import Progress
 from .recipe import TASK_FILES, Recipe
@@ -98,7 +98,10 @@ def find_device(name: str) -> torch.device:
 
 def with_groups(recipe: Recipe, pool: ModelPool) -> Recipe:
     """The recipe with ``groups: auto`` settled for good: a study whose budget grows keeps its groups."""
-    if recipe.groups != AUTO:
-        return recipe
-    scheme, bands = automatic_groups(matrix_layouts(pool, None), recipe.budget // 3, recipe.group)
-    return replace(recipe, groups=scheme, bands=bands)
+    if recipe.groups == AUTO:
+        scheme, bands = automatic_groups(matrix_layouts(pool, None), recipe.budget // 3, recipe.group)
+        recipe = replace(recipe, groups=scheme, bands=bands)
+    if recipe.refine:  # refuse it now where there is nothing to refine
+        found = search_groups(matrix_layouts(pool, None), recipe.groups, recipe.bands, recipe.group)
+        coarser_groups(found, recipe.groups, recipe.group)
+    return recipe

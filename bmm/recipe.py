@@ -15,7 +15,9 @@ from . import anchors
 from .checkpoint.heads import HEADS
 from .checkpoint.vocabulary import VOCABULARIES
 from .errors import RecipeError, did_you_mean
-from .groups import AUTO, SCHEMES
+from .evaluation.holdout import HIGHEST_SHARE
+from .groups import AUTO, REFINABLE, SCHEMES
+from .search.choice import METHODS
 from .search.engine import ENGINES
 from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
 from .yaml_file import parse_mapping, read_text
@@ -144,6 +146,25 @@ class Recipe:
         "local", "Where workers run: on this machine, or in a Ray cluster (one that runs, else a local one).",
         choices=EXECUTORS,
     )  # fmt: skip
+    refine: bool = _key(
+        False,
+        "Search in stages: one (lam, rho) for the whole model, then one a role, then one a group, each stage from the "
+        "best so far.",
+    )
+    choice: str = _key(
+        "observed",
+        "What stands for a trial's validation score in the final choice: the observed one, or the mean of a model of "
+        "all trials.",
+        choices=METHODS,
+    )
+    holdout: float = _key(
+        0.0,
+        "Share of each task's validation inputs that the search does not see: finalists are scored on them, and the "
+        "winner is chosen by both scores; 0: no such race.",
+        low=0,
+        high=HIGHEST_SHARE,
+    )
+    finalists: int = _key(8, "Trials in that race.", low=2)
     seed: int = _key(0, "Seed of every random draw.", low=0)
     out: str = _key("", "Folder for the study, the merged checkpoint and the report (default: runs/NAME).")
     device: str = _key("cpu", "Where modules are prepared, merged and evaluated: cpu, cuda, cuda:1, ...")
@@ -235,6 +256,10 @@ class Recipe:
             raise RecipeError(f"{where}: search has gamma, but grams is {self.grams}", "gamma mixes hybrid Grams")
         check_floors(self.floor)
         parse_objectives(self.objectives)
+        if self.refine and self.groups == "global":
+            raise RecipeError(f"{where}: refine needs groups to go to, and groups is global", REFINABLE)
+        if self.finalists != Recipe.finalists and not self.holdout:
+            raise RecipeError(f"{where}: finalists are for a race on held-out inputs", "give holdout, e.g. 0.25")
         check_stopping(self.early_stopping, self.goal, self.floor, self.objectives)
         for name, weight in self.weights.items():
             if not math.isfinite(weight):
@@ -284,6 +309,9 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             value = int(value)
         elif kind == "float":
             value = float(value)
+        elif kind == "bool":
+            if not isinstance(value, bool):
+                raise TypeError("true or false")
         elif not isinstance(value, str):
             raise TypeError("text")
     except (TypeError, ValueError) as error:

@@ -103,6 +103,55 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A trial in the final race.
+
+    ``search`` is its objective on the search's inputs, ``expected`` what the choice takes it for (the model's mean, or
+    the same), ``holdout`` the one on held-out inputs (None unless all tasks were scored), ``pooled`` what both say
+    together. ``tasks`` counts the tasks scored on held-out inputs; a trial ``dropped`` left the race after them.
+    """
+
+    trial: int
+    search: float
+    expected: float
+    holdout: float | None
+    pooled: float
+    tasks: int
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the final trial was chosen.
+
+    ``method`` is the recipe's ``choice``; ``trial`` won, ``observed`` has the best observed score. After a race,
+    ``share`` is the share of validation inputs it was run on, ``candidates`` its entrants, best first, and ``tasks``
+    the number of tasks of the study.
+    """
+
+    method: str
+    trial: int
+    observed: int
+    share: float = 0.0
+    candidates: list[Candidate] = field(default_factory=list)
+    tasks: int = 0
+
+    @property
+    def used(self) -> int:
+        """Held-out task scores measured."""
+        return sum(c.tasks for c in self.candidates)
+
+    @property
+    def saved(self) -> int:
+        """Held-out task scores that dropping trials made unnecessary."""
+        return len(self.candidates) * self.tasks - self.used
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Choice:
+        return cls(**(raw | {"candidates": [Candidate(**c) for c in raw["candidates"]]}))
+
+
+@dataclass(frozen=True)
 class StudyResult:
     """What a tuning run found.
 
@@ -111,6 +160,7 @@ class StudyResult:
     ``paths`` names the files written: "study", "checkpoint", "card", "report". ``goal`` is the study's
     `bmm.search.goal.Goal` as JSON. Of completed trials, by number: ``objectives`` gives the values of a study with
     several objectives by name, ``violations`` what a study's floors are missed by in all (0: every floor holds).
+    ``choice`` says how the best trial was chosen, where that was not by the observed score alone.
     """
 
     best: Trial
@@ -123,6 +173,7 @@ class StudyResult:
     goal: dict[str, Any] = field(default_factory=dict)
     objectives: dict[int, dict[str, float]] = field(default_factory=dict)
     violations: dict[int, float] = field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -171,6 +222,7 @@ class StudyResult:
             "goal": dict(self.goal),
             "objectives": {str(n): dict(v) for n, v in self.objectives.items()},
             "violations": {str(n): v for n, v in self.violations.items()},
+            "choice": asdict(self.choice) if self.choice else None,
         }
 
     @classmethod
@@ -186,6 +238,7 @@ class StudyResult:
             goal=raw.get("goal", {}),
             objectives={int(n): v for n, v in raw.get("objectives", {}).items()},
             violations={int(n): v for n, v in raw.get("violations", {}).items()},
+            choice=Choice.from_json(raw["choice"]) if raw.get("choice") else None,
         )
 
 

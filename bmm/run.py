@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import anchors, zoo
 from .checkpoint import ModelPool
 from .errors import RecipeError, WriteError
-from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks
+from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, split_validation
 from .evaluation.outputs import SteadyBatches, task_outputs
 from .grams import GramStore, TaskGrams
 from .layouts import transposed_weights
@@ -79,10 +79,11 @@ class Run:
             tasks = find_tasks(recipe.tasks, base)
         if tasks is None and need_tasks:
             raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.yaml or FILE.py:FUNCTION")
-        self.tasks: list[Task] = []
+        self.tasks: list[Task] = []  # without the held-out validation inputs
+        self.held: list[Task] = []  # the same tasks with the held-out ones alone
         if tasks is not None:
             by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
-            self.tasks = [by_name[name] for name in self.experts]
+            self.tasks, self.held = split_validation([by_name[n] for n in self.experts], recipe.holdout, recipe.seed)
         agree = recipe.objective == "agreement"
         self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self.unwritten: list[WriteError] = []  # Grams that could not be cached
@@ -311,13 +312,14 @@ class Run:
         says, else the tasks' own."""
         asked = self.tasks if tasks is None else tasks
         judged = [self.judged.get(t.name, t) for t in asked] if split == "validation" else asked
-        return score_tasks(tasks=judged, split=split, **self._loaded(tensors))
+        return score_tasks(tasks=judged, split=split, **self.loaded(tensors))
 
     def outputs(self, tensors: Tensors, task: Task, batches: SteadyBatches, finite: bool = True) -> list[Tensor]:
         """The logits of one model, batch by batch; see `task_outputs`."""
-        return task_outputs(task=task, batches=batches, finite=finite, **self._loaded(tensors))
+        return task_outputs(task=task, batches=batches, finite=finite, **self.loaded(tensors))
 
-    def _loaded(self, tensors: Tensors) -> dict[str, Any]:
+    def loaded(self, tensors: Tensors) -> dict[str, Any]:
+        """What `score_tasks` and `task_outputs` need to run these tensors."""
         skeleton = self.skeleton  # before the names: building it finds its own
         named = self._renamed(self.pool.with_ties(tensors))
         return {"model": skeleton, "tensors": named, "device": self.device, "autocast": self.recipe.autocast}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -9,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint.atomic import writing
+from .choosing import choose_trial
 from .errors import StudyError, WriteError
 from .evaluation import Task
+from .groups import coarser_groups
 from .loading import ModelBuilder
 from .merging import PreparedModel
 from .notation import StateDict
 from .opening import require_same_inputs
 from .progress import Progress, silent, stopwatch
 from .recipe import Recipe
-from .records import Hyperparameters, Score, StudyResult, Trial
+from .records import Choice, Hyperparameters, Score, StudyResult, Trial
 from .report import study_card, text_report, versions
 from .run import Run
 from .search.database import StudyDatabase
@@ -87,6 +90,8 @@ def tune_recipe(
         prepared = run.prepare()
     inputs = run.pool.fingerprint()
     space = search_space(run, prepared.groups)
+    grouped = {slot.weight: slot.group for slot in prepared.slots}
+    coarse = coarser_groups(grouped, recipe.groups, recipe.group) if recipe.refine else []
     database = (
         StudyDatabase.open(out / STUDY)
         if resume
@@ -114,12 +119,15 @@ def tune_recipe(
                 goal=recipe.goal,
                 floor=recipe.floor,
                 objectives=recipe.objectives,
+                refine=coarse,
                 on_trial=on_trial,
                 should_stop=should_stop,
             )
         goal = Goal.from_json(database.meta()["search"])
+        with stopwatch(seconds, "choice") if run.held else contextlib.nullcontext():
+            chosen = choose_trial(run, prepared, trials, space, goal, database)
         try:
-            return finish(run, prepared, trials, experts, seconds, goal)
+            return finish(run, prepared, trials, experts, seconds, goal, *chosen)
         except WriteError as error:
             hint = f"{error.hint}; no trial is lost: then `bmm tune --resume {out}`"
             raise WriteError(error.message, hint) from error
@@ -142,10 +150,11 @@ def finish(
     experts: list[Score],
     seconds: dict[str, float],
     goal: Goal,
+    winner: Trial,
+    choice: Choice | None = None,
 ) -> StudyResult:
     """Score anchor, default and best (test data once), write the checkpoint, the card, the report and result.json."""
     recipe, out = run.recipe, Path(run.recipe.out)
-    winner = best(trials, goal)
     default = trials[1].hyperparameters if len(trials) > 1 else Hyperparameters.uniform(prepared.groups, 1.0)
     models: dict[str, StateDict] = {
         "base": {n: run.pool.base[n] for n in run.pool.names},
@@ -168,8 +177,9 @@ def finish(
         "result": str(out / RESULT),
         "study": str(out / STUDY),
     }
+    about = {"choice": choice, **goal.judged(trials)}
     result = StudyResult(
-        winner, trials, scores["validation"], scores["test"], paths, recipe.to_dict(), seconds, **goal.judged(trials)
+        winner, trials, scores["validation"], scores["test"], paths, recipe.to_dict(), seconds, **about
     )
     with stopwatch(seconds, "write"):
         write_model(run, models["best"], out / MODEL, study_card(result, recipe.to_yaml()), overwrite=True)

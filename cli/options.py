@@ -20,7 +20,7 @@ BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "gro
 OUTPUT = ("dtype", "shard_gib", "adapter_rank")
 SEARCH = (
     "log10_lam", "rho", "search", "objective", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
-    "workers", "executor", "seed", "out",
+    "refine", "choice", "holdout", "finalists", "workers", "executor", "seed", "out",
 )  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
         return click.option(*names, type=(float, float), default=None, metavar="LOW HIGH", help=text)
     if "choices" in meta:
         return click.option(*names, type=click.Choice(meta["choices"]), default=None, help=text)
+    if key.type == "bool":
+        return click.option(f"{flag}/--no-{flag[2:]}", key.name, default=None, help=str(meta["help"]))
     kinds: dict[str, Any] = {"int": int, "float": float}
     return click.option(*names, type=kinds.get(str(key.type), str), default=None, help=text)
 

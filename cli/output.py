@@ -19,6 +19,7 @@ STAGES = {
     "prepare": "preparing modules",
     "score": "scoring",
     "sigma": "searching sigma",
+    "race": "racing finalists",
     "candidates": "scoring candidates",
     "average": "averaging",
     "batchnorm": "BatchNorm statistics",

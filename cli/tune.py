@@ -27,6 +27,7 @@ def command(resume: str | None, recipe: str | None, as_json: bool, quiet: bool, 
     bmm tune --zoo vit20 --anchor iso_c --grams datafree
     bmm tune --recipe mine.yaml --budget 100 --device cuda
     bmm tune --base m/base --expert a=m/a --expert b=m/b --tasks tasks.py:make
+    bmm tune --groups bands --refine --holdout 0.25
     bmm tune --goal worst --floor 0.6 --floor mnist=0.8
     bmm tune --objectives mnist,scripts=thai+hebrew+latin
     bmm tune --budget 100 --workers 4 --device cuda

@@ -34,7 +34,7 @@ LAYERS = [
     ["zoo", "recipe", "report"],
     ["loading", "statistics"],
     ["run"],
-    ["opening", "workers", "adapting"],
+    ["opening", "choosing", "workers", "adapting"],
     ["writing"],
     ["rebasin"],
     ["tuning", "masking", "trajectory", "mergekit"],

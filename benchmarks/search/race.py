@@ -2,12 +2,14 @@
 
     python benchmarks/search/race.py                              every engine and table, 10 seeds
     python benchmarks/search/race.py --engines botorch cma --seeds 3
+    python benchmarks/search/race.py --engines botorch botorch+refine --budget 25
     python benchmarks/search/race.py --print --into docs/search.md
 
 Every engine sees the anchor and the default first, and those with a first design the same quasi-random points for the
-same seed. The share is (chosen - default) / (optimum - default) of the smooth objective, where the chosen trial is the
-best one observed, so that luck with noise does not count. Model-based engines stop after --budget trials, the others
-after --long. Finished runs are files in --work and are not run again.
+same seed. ENGINE+refine goes through the stages of --refine, whose lengths depend on the budget. The share is (chosen -
+default) / (optimum - default) of the smooth objective, where the chosen trial is the best one observed, so that luck
+with noise does not count. Model-based engines stop after --budget trials, the others after --long. Finished runs are
+files in --work and are not run again.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from problem import Problem
 from zoo import publish
 
 from bmm.report import markdown
-from bmm.search.engine import build_engine
+from bmm.search.engine import Engine, build_engine
+from bmm.search.goal import Goal
+from bmm.search.refine import Refined, plan
+from bmm.search.space import Space
 
 CHEAP = ("cma", "tpe", "sobol")
 """Engines that are given --long trials: what they ask for is cheap."""
@@ -41,7 +46,15 @@ def run(problem: Problem, engine: str, seed: int, budget: int) -> dict[str, Any]
     """One study in memory: the smooth objective of the best trial so far after each trial."""
     space, started = problem.space, time.perf_counter()
     shares = dict.fromkeys(problem.tasks, 1 / len(problem.tasks))
-    suggester = build_engine(engine, space, seed, shares)
+    name, _, refined = engine.partition("+")
+
+    def build(tied: Space) -> Engine:
+        return build_engine(name, tied, seed, shares)
+
+    suggester = build(space)
+    if refined:
+        stages = plan(coarsenings(space.groups), space.groups, budget)
+        suggester = Refined(space, stages, Goal.of(dict.fromkeys(problem.tasks, 1.0)), build)
     rows = [problem.trial(0, "anchor", space.anchor()), problem.trial(1, "default", space.default())]
     notices = 0
     while len(rows) < budget:
@@ -61,9 +74,15 @@ def run(problem: Problem, engine: str, seed: int, budget: int) -> dict[str, Any]
     }
 
 
+def coarsenings(groups: list[str]) -> list[dict[str, str]]:
+    """All groups in one, and, where they are roles within bands (``q.0``, ``q.1``), one a role."""
+    roles = {group: group.partition(".")[0] for group in groups}
+    return [dict.fromkeys(groups, "all"), *([roles] if len(set(roles.values())) < len(groups) else [])]
+
+
 def cell(args: argparse.Namespace, path: Path, problems: dict[str, Problem], engine: str, seed: int) -> Any:
     """The stored or new result of one study; None with --print where there is none."""
-    long = engine in CHEAP
+    long = engine.partition("+")[0] in CHEAP
     budget = args.long if long else args.budget
     file = args.work / f"{path.stem}-{engine}-b{budget}-s{seed}.json"
     if not file.exists():

@@ -89,6 +89,7 @@ def score_tasks(
     device: torch.device | str = "cpu",
     autocast: str = "none",
     progress: Callable[[str], None] | None = None,
+    each: Callable[[str, Tensor], None] | None = None,
 ) -> list[Score]:
     """Score one model (``tensors`` in ``model``) on each task.
 
@@ -96,6 +97,7 @@ def score_tasks(
         model: skeleton; left as it was.
         autocast: "none", "bfloat16" or "float16".
         progress: called with each finished task's name.
+        each: called with a task's name and the scores of a batch's inputs, (n,), batch by batch.
 
     Raises:
         RecipeError: a task's forward or score fails or returns the wrong length, with the task's name.
@@ -112,6 +114,8 @@ def score_tasks(
                 with torch.autocast(kind, dtype, enabled=dtype is not None):
                     per_input = _score_batch(model, task, to_device(inputs, device), to_device(targets, device))
                 total += float(per_input.sum())
+                if each:
+                    each(task.name, per_input)
                 count += len(targets)
             scores.append(Score(task.name, total / count, count))
             if progress:

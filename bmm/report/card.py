@@ -10,6 +10,7 @@ from importlib import metadata
 import yaml
 
 from ..records import StudyResult
+from .choice import choice_lines
 from .goals import goal_lines
 from .layout import markdown
 from .tables import gap_line, hyperparameter_table, measure, score_table
@@ -41,6 +42,7 @@ def study_card(result: StudyResult, recipe_yaml: str, command: str = "bmm tune -
             gap_line(result, "test" if result.test else "validation"),
             f"## Hyperparameters (trial {result.best.number})",
             *goal_lines(result),
+            *choice_lines(result),
             hyperparameter_table(result.hyperparameters),
             f"Repeat with `{command}`.",
         ],

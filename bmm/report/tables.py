@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..records import Hyperparameters, Score, StudyResult, Trial
+from .choice import choice_lines, choice_section
 from .goals import goal_lines, pareto_table
 from .layout import markdown
 
@@ -140,8 +141,10 @@ def text_report(result: StudyResult) -> str:
         )
         + f"; validation objective {result.best.objective:.4f}",
         *goal_lines(result),
+        *choice_lines(result),
         hyperparameter_table(result.hyperparameters),
     ]
+    parts += choice_section(result)
     if result.objectives:
         save = "Save any of them with `bmm save RUN --trial N --out FOLDER`."
         parts += ["## Pareto front (validation, shares of the experts' scores)", pareto_table(result), save]

@@ -14,7 +14,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,6 +43,9 @@ _TABLES = (
         ended_at REAL
     )""",
 )
+_HELD_OUT = """CREATE TABLE IF NOT EXISTS held_out (
+    trial INTEGER NOT NULL, task TEXT NOT NULL, scores TEXT NOT NULL, PRIMARY KEY (trial, task)
+)"""
 _COLUMNS = "number, kind, status, hyperparameters, scores, objective, suggest_seconds, seconds, error"
 
 
@@ -177,6 +180,23 @@ class StudyDatabase:
             ).rowcount
             if changed != 1:
                 raise StudyError(f"{self.path}: trial {trial.number} is not pending, so it cannot be finished")
+
+    def held_out(self) -> dict[tuple[int, str], list[float]]:
+        """Scores on held-out inputs, one number an input, by trial number and task."""
+        with _readable_errors(self.path):
+            self._connection.execute(_HELD_OUT)
+            rows = self._connection.execute("SELECT trial, task, scores FROM held_out").fetchall()
+        with _readable_rows(self.path):
+            return {(trial, task): json.loads(scores) for trial, task, scores in rows}
+
+    def keep_held_out(self, trial: int, scores: Mapping[str, Sequence[float]]) -> None:
+        """Commits a trial's scores on held-out inputs, one number an input, by task."""
+        with self._transaction():
+            self._connection.execute(_HELD_OUT)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO held_out VALUES (?, ?, ?)",
+                [(trial, task, json.dumps(list(values))) for task, values in scores.items()],
+            )
 
     def close(self) -> None:
         """Closes the file and releases the lock; a second call does nothing."""

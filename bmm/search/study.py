@@ -16,6 +16,7 @@ from bmm.search.database import StudyDatabase
 from bmm.search.engine import Engine, build_engine
 from bmm.search.executor import Evaluate, Executor, InProcess, Job, work_through
 from bmm.search.goal import PLAIN, Goal, check_stopping
+from bmm.search.refine import Coarse, Refined, plan
 from bmm.search.space import Space
 from bmm.search.stopping import Stopper
 
@@ -38,6 +39,7 @@ def run_study(
     floor: Mapping[str, float] | None = None,
     objectives: Sequence[str] = (),
     early_stopping: float = 0.0,
+    refine: Sequence[Coarse] = (),
     objective_name: str = "labels",
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -58,6 +60,9 @@ def run_study(
     while others are pending, and which rows they see depends on the order in which trials end. A trial whose worker is
     lost is evaluated again under its number, and fails where that happens twice.
 
+    With ``refine``, nested coarsenings of the space's groups (`bmm.groups.coarser_groups`), the search goes through
+    stages (`bmm.search.refine`); where these begin is settled by the budget the study is begun with.
+
     An `Exception` from ``evaluate``, a missing task or a score that is not finite fails the trial, not the study.
     KeyboardInterrupt and SystemExit pass through and leave the trial pending. ``on_trial(trial, best so far)`` follows
     each evaluation; ``should_stop`` is asked before each, and lets those that run come to their end.
@@ -72,12 +77,20 @@ def run_study(
     if seed < 0:
         raise RecipeError(f"seed {seed} is negative", "take a whole number from 0 up")
     check_stopping(early_stopping, goal, floor or {}, objectives)
-    suggester = build_engine(engine, space, seed, aim.coefficients(), aim)
+
+    def build(tied: Space) -> Engine:
+        return build_engine(engine, tied, seed, aim.coefficients(), aim)
+
+    suggester, staged = build(space), dict[str, Any]()
+    if refine:
+        stages = plan(refine, space.groups, budget, database.meta().get(_IDENTITY, {}).get("refine"))
+        suggester, staged = Refined(space, stages, aim, build), {"refine": [stage.to_json() for stage in stages]}
     stopper = Stopper(aim.coefficients(), seed, early_stopping) if early_stopping else None
     _claim(
         database,
         {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json(), "objective": objective_name}
-        | ({"early_stopping": early_stopping} if early_stopping else {}),
+        | ({"early_stopping": early_stopping} if early_stopping else {})
+        | staged,
     )
     trials = database.trials()
     if len(trials) > budget:

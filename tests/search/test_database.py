@@ -72,6 +72,16 @@ def test_a_trial_is_begun_once_and_finished_once(path):
         assert database.trials()[0].error == "first"
 
 
+def test_held_out_scores_are_kept_by_trial_and_task(path):
+    with StudyDatabase.create(path, {}) as database:
+        assert database.held_out() == {}
+        database.keep_held_out(3, {"a": [1.0, 0.1], "b": [1 / 3]})
+        database.keep_held_out(4, {"a": [0.0]})
+        database.keep_held_out(3, {"b": [0.5]})
+    with StudyDatabase.open(path) as database:
+        assert database.held_out() == {(3, "a"): [1.0, 0.1], (3, "b"): [0.5], (4, "a"): [0.0]}
+
+
 def test_create_refuses_what_is_there_and_open_what_is_not(path, tmp_path):
     with pytest.raises(StudyError, match="no study at"):
         StudyDatabase.open(path)
