@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bmm
+import bmm.functions
 from bmm.checkpoint import Checkpoint
 from bmm.errors import GramError, MergeError, RecipeError
 from bmm.evaluation.task import categorical, draw_labels
@@ -243,7 +244,7 @@ def labels(family):
 
 
 def tasks(family):
-    return bmm.recipe.load_function(f"{family.file}:tasks", "tasks")()
+    return bmm.functions.load_function(f"{family.file}:tasks", "tasks")()
 
 
 def opened(family, folder, given=None, **keys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import bmm
+import bmm.functions
 from bmm.errors import RecipeError, StudyError
 from bmm.recipe import Recipe
 from bmm.run import Run
@@ -36,7 +37,7 @@ def scored_by(net, inputs, head):
 
 def as_objects(family):
     """The family's tasks with a forward that pickle takes."""
-    found = bmm.recipe.load_function(f"{family.file}:tasks", "tasks")()
+    found = bmm.functions.load_function(f"{family.file}:tasks", "tasks")()
     heads = {task.name: task.forward.__defaults__[0] for task in found}
     return [
         bmm.Task(t.name, t.validation, t.test, t.calibration, partial(scored_by, head=heads[t.name])) for t in found

@@ -203,12 +203,16 @@ class Shards:
             free = shutil.disk_usage(self.temporary).free
         if needed > free:
             raise WriteError(
-                f"{self.target}: needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
+                f"{self.target}: cannot be written (No space left: needs {_sized(needed)}, {_sized(free)} are free)",
                 "free some disk space or write elsewhere",
             )
 
     def _path(self, number: int, suffix: str = ".unfinished") -> Path:
         return self.temporary / f"shard-{number:05d}{suffix}"
+
+
+def _sized(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e3:.1f} kB"
 
 
 def _is(path: Path, shard: Shard) -> bool:
