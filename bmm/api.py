@@ -20,6 +20,7 @@ from .evaluation import Task
 from .grams import TaskGrams
 from .loading import ModelBuilder
 from .masking import merge_masked, reconstruct
+from .memory import require_memory
 from .mergekit import merge_mergekit
 from .notation import StateDict
 from .opening import open_run, targets
@@ -146,6 +147,7 @@ def merge(
         return _merge_plain(chosen, Path(out), overwrite, tasks, model, progress)
     needs_tasks = bool(anchor_needs(chosen.anchor)) or (not plain and chosen.grams != "datafree")
     run = open_run(chosen, tasks, model, progress, need_tasks=needs_tasks)
+    require_memory(chosen, run.pool, "plain" if plain else "merge")
     if plain:
         return run.pool.with_ties(run.anchor(strict=True))
     streamed, anchor = streamed_merge(run)
@@ -165,6 +167,7 @@ def _merge_plain(recipe: Recipe, out: Path, overwrite: bool, tasks: Any, model: 
     run = open_run(
         recipe, tasks, model, progress, need_tasks=needs_tasks, check=needs_tasks or recipe.anchor.startswith("path:")
     )
+    require_memory(recipe, run.pool, "plain")
     card = merge_card(
         f"plain merge `{recipe.anchor}` {recipe.knobs or ''}".strip(),
         recipe.to_dict(),

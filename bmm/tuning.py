@@ -15,6 +15,7 @@ from .errors import StudyError, WriteError
 from .evaluation import Task
 from .groups import coarser_groups
 from .loading import ModelBuilder
+from .memory import require_memory
 from .merging import PreparedModel
 from .notation import StateDict
 from .opening import require_same_inputs
@@ -84,6 +85,7 @@ def tune_recipe(
     with stopwatch(seconds, "open"):
         run = Run(recipe, tasks=tasks, model=model, progress=progress)
     recipe = run.recipe
+    require_memory(recipe, run.pool, "tune")
     with stopwatch(seconds, "experts"):
         experts = run.score_experts("validation")
     with stopwatch(seconds, "prepare"):

@@ -32,7 +32,7 @@ LAYERS = [
     ["search"],
     ["analysis"],
     ["zoo", "recipe", "report"],
-    ["loading", "statistics"],
+    ["loading", "statistics", "memory"],
     ["run"],
     ["opening", "choosing", "workers", "adapting"],
     ["writing"],

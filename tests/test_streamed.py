@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bmm
 import bmm.streamed
-from bmm.checkpoint import open_checkpoint, write_checkpoint
+from bmm.checkpoint import Checkpoint, ModelPool, open_checkpoint, write_checkpoint
 from bmm.errors import GramError, RecipeError, WriteError
 from bmm.grams import gram_bytes, in_parts
+from bmm.memory import estimate
 from bmm.recipe import Recipe
 from bmm.records import Hyperparameters
 from bmm.run import Run
@@ -112,6 +114,47 @@ def test_grams_collected_in_parts_are_those_collected_at_once(family, tmp_path):
         for c, m in (("one", 0), ("parts", 3e-5))
     ]
     assert all(torch.equal(merged[0][n], merged[1][n]) for n in merged[0])
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(family, monkeypatch):
+    run = Run(Recipe.from_dict(family.recipe(anchor="task_arithmetic", grams="datafree")))
+    for what in ("plain", "merge", "tune"):
+        needed, where = estimate(run.recipe, run.pool, what)
+        assert needed > 0
+        assert where
+    monkeypatch.setattr(ModelPool, "check_finite", lambda *a: None)
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda *a: pytest.fail("read a tensor"))
+    keys = family.recipe(anchor="tsv", grams="datafree", max_memory=1e-6)
+    with pytest.raises(RecipeError, match=r"needs about .* GiB for .*, and max_memory is 1e-06"):
+        bmm.merge(keys)
+    with pytest.raises(RecipeError, match="max_memory is 1e-06"):
+        bmm.merge(keys, lam=1.0)
+    with pytest.raises(RecipeError, match="modules prepared for trials"):
+        bmm.tune(keys)
+
+
+def test_the_estimate_of_a_streamed_merge_bounds_what_it_takes(tmp_path):
+    shapes = {"a.weight": (1024, 768), "b.weight": (768, 1536)}
+    for name in ("base", "e0", "e1", "e2"):
+        save_file({n: torch.randn(s) for n, s in shapes.items()}, tmp_path / f"{name}.safetensors")
+    recipe = {"base": str(tmp_path / "base.safetensors"), "anchor": "task_arithmetic", "grams": "datafree"}
+    recipe["experts"] = {f"e{t}": str(tmp_path / f"e{t}.safetensors") for t in range(3)}
+    run = Run(Recipe.from_dict(recipe), need_tasks=False)
+    needed, _ = estimate(run.recipe, run.pool, "merge")
+    code = (
+        "import resource, sys, json, bmm\n"
+        "keys = json.loads(sys.argv[1])\n"
+        "import bmm.api, bmm.writing, torch; torch.linalg.cholesky(torch.eye(8)); torch.eye(64) @ torch.eye(64)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "bmm.merge(keys, lam=1.0, out=sys.argv[2])\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(recipe), str(tmp_path / "out")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    taken = int(out.stdout.splitlines()[-1])
+    assert 0.3 * needed < taken < 1.2 * needed
 
 
 def test_parts_hold_what_fits_and_every_name_once():
