@@ -1,4 +1,4 @@
-"""Merges at real size, from disk to disk: seconds and peak memory against parameters and experts, extrapolated.
+"""Merges at real size, from disk to disk: CPU seconds and peak memory against parameters and experts, extrapolated.
 
     python benchmarks/large.py                     about 1 B parameters, 3 experts (8 GB of disk, half an hour)
     python benchmarks/large.py --quick             a tenth of that
@@ -120,13 +120,13 @@ def main() -> None:
             there = matrices(*shape)
             gigabytes = 2 * size(there) * 5 / 1e9
             if kind.startswith("BMM"):
-                rate = work(matrices(*own), args.experts) / found["seconds"]
+                rate = work(matrices(*own), args.experts) / found["cpu"]
                 hours = work(there, 3) / rate / 3600
-                text = f"{work(there, 3):.2g} operations at {rate / 1e9:.0f} G a second, as measured"
+                text = f"{work(there, 3):.2g} float64 operations at {rate / 1e9:.0f} G a second and core, as measured"
                 memory = f"{peak(there) / 2**30:.0f} GiB (largest module)"
             else:
-                hours = gigabytes * found["seconds"] / read / 3600
-                text = f"{gigabytes:.0f} GB read and written at {read / found['seconds']:.2f} GB a second, as measured"
+                hours = gigabytes * found["cpu"] / read / 3600
+                text = f"{gigabytes:.0f} GB read and written at {read / found['cpu']:.2f} GB a CPU second, as measured"
                 memory = f"{found['mib'] / 1024:.1f} GiB (pieces)"
             extrapolated.append([kind, target, f"{hours:.1f}", memory, text])
     linear = []
@@ -147,7 +147,7 @@ def main() -> None:
     text += "\n\nTask arithmetic, fewer layers and experts:\n\n"
     text += markdown(["layers", "experts", "GB read and written", "CPU seconds", "CPU seconds a GB"], linear)
     text += "\n\nExtrapolated, not measured:\n\n"
-    text += markdown(["merge", "size", "hours", "peak", "how"], extrapolated)
+    text += markdown(["merge", "size", "core hours", "peak", "how"], extrapolated)
     publish(args, "large", text)
 
 
