@@ -23,7 +23,7 @@ from zoo import Bench, cells, options, publish, scores
 
 from bmm.report import markdown
 
-BUDGETS = {"botorch": (50,), "ax": (50,), "cma": (50, 200), "tpe": (50, 200)}
+BUDGETS = {"botorch": (50,), "ax": (50,), "cma": (200,), "tpe": (200,)}
 
 
 def with_budget(bench: Bench, budget: int) -> Bench:
