@@ -123,7 +123,7 @@ def test_layers_without_end_stop_while_they_are_counted(tmp_path):
     """On the meta device too a layer takes memory, of Python objects."""
     MODELS["vit"]().save_pretrained(tmp_path)
     write_config(tmp_path, num_hidden_layers=10**6, hidden_size=2, num_attention_heads=1, intermediate_size=2)
-    with pytest.raises(RecipeError, match="asks for a model of over .*; the weights beside it have 5,411 in 40"):
+    with pytest.raises(RecipeError, match=r"asks for a model of over .*; the weights beside it have 5,411 in 40"):
         from_transformers(tmp_path)
     assert not torch.nn.modules.module._global_parameter_registration_hooks
 
