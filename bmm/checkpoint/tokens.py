@@ -97,11 +97,11 @@ def _without_id(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "id"}
 
 
-def _from_tokenizer(path: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
+def _from_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
     raw = read_json(path, "tokenizer")
     model = raw.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    added = {}
+    added: dict[str, Mapping[str, Any]] = {}
     for entry in _added_tokens(path, raw):
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
             raise CheckpointError(f"{path}: an added token without its text: {repr(entry)[:60]}", _AGAIN)
