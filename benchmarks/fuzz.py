@@ -38,8 +38,10 @@ import yaml
 from safetensors.torch import save_file
 
 from bmm.anchors import emr_compress
-from bmm.checkpoint import open_checkpoint
+from bmm.checkpoint import describe_adapter, open_checkpoint
+from bmm.checkpoint.adapters import open_adapter
 from bmm.checkpoint.masked import open_masked
+from bmm.checkpoint.tokens import extended_files, read_tokens
 from bmm.errors import BmmError
 from bmm.evaluation import check_tasks
 from bmm.functions import call_function
@@ -172,6 +174,24 @@ MERGEKIT = {"merge_method": "ties", "base_model": "base", "dtype": "bfloat16", "
                 {"model": "b", "layer_range": [0, 2], "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]},
                                                                                {"value": 1}]}},
             ]}], "tokenizer": {"source": "base"}}  # fmt: skip
+BASE = {"layers.0.q.weight": (6, 4), "layers.0.q.bias": (6,), "layers.1.v.weight": (4, 4), "layers.1.v.bias": (4,),
+        "embed_tokens.weight": (8, 4), "score.weight": (3, 4)}  # fmt: skip
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q", "v"],
+           "rank_pattern": {"layers.1.v": 1}, "alpha_pattern": {"v": 3.5}, "modules_to_save": ["score"],
+           "layers_to_transform": [0, 1], "layers_pattern": ["layers"], "use_rslora": True, "use_dora": False,
+           "exclude_modules": "x.*", "trainable_token_indices": {"embed_tokens": [1, 5]}, "init_lora_weights": True,
+           "fan_in_fan_out": False, "base_model_name_or_path": "/models/base", "task_type": "SEQ_CLS"}  # fmt: skip
+FACTORS = {"layers.0.q.lora_A.weight": (2, 4), "layers.0.q.lora_B.weight": (6, 2), "layers.1.v.lora_A.weight": (1, 4),
+           "layers.1.v.lora_B.weight": (4, 1), "score.weight": (3, 4),
+           "embed_tokens.token_adapter.trainable_tokens_delta": (2, 4)}  # fmt: skip
+TOKENIZERS: dict[str, Any] = {
+    "tokenizer.json": {"version": "1.0", "added_tokens": [{"id": 3, "content": "<new>", "special": True}],
+                       "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}},
+    "vocab.json": {"a": 0, "b": 1, "ab": 2},
+    "added_tokens.json": {"<new>": 3},
+    "tokenizer_config.json": {"added_tokens_decoder": {"3": {"content": "<new>", "special": True}}},
+}  # fmt: skip
+UNIGRAM = {"added_tokens": None, "model": {"type": "Unigram", "vocab": [["<s>", 0], ["a", -1.5], ["b", -2]]}}
 TASKS = """import torch
 import bmm
 def tasks():
@@ -258,6 +278,58 @@ def _task_file(folder: Path, mutator: Mutator) -> None:
     )
 
 
+def _adapted(folder: Path) -> None:
+    _secrets(folder)
+    (folder / "base").mkdir()
+    save_file({name: torch.ones(shape) for name, shape in BASE.items()}, folder / "base" / "model.safetensors")
+
+
+def _adapter(folder: Path, mutator: Mutator) -> None:
+    """The configuration or the names and shapes of the tensors, sometimes both."""
+    which = mutator.randrange(5)
+    clean = json.dumps(ADAPTER).encode()
+    (folder / "adapter_config.json").write_bytes(clean if which == 0 else mutator.document(ADAPTER))
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in FACTORS.items():
+        size = 4 * math.prod(shape)
+        header[f"base_model.model.{name}"] = _entry(list(shape), start, start + size)
+        start += size
+    text = mutator.document(header) if which < 2 else json.dumps(header).encode()
+    whole = struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * (start // 4)
+    (folder / "adapter_model.safetensors").write_bytes(whole)
+
+
+def _read_adapter(folder: Path) -> None:
+    describe_adapter(folder)
+    adapted = open_adapter(folder, open_checkpoint(folder / "base"))
+    for name in adapted:
+        assert adapted[name].shape == BASE[name], f"{name} has another shape than the base's"
+    assert adapted.fingerprint()
+    assert adapted.side_files() is not None
+
+
+def _tokenizer(folder: Path, mutator: Mutator) -> None:
+    """One of the files of a tokenizer; without tokenizer.json the vocabulary's own are read."""
+    for name in (*TOKENIZERS, "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    names = [n for n in TOKENIZERS if n != "tokenizer.json"] if mutator.random() < 0.4 else list(TOKENIZERS)
+    chosen = mutator.choice(names)
+    for name in names:
+        document = UNIGRAM if name == "tokenizer.json" and mutator.random() < 0.3 else TOKENIZERS[name]
+        content = mutator.document(document) if name == chosen else json.dumps(document).encode()
+        (folder / name).write_bytes(content)
+    if "tokenizer.json" not in names and mutator.random() < 0.3:
+        (folder / "vocab.json").unlink()
+        (folder / "vocab.txt").write_bytes(mutator.raw(b"[PAD]\n[UNK]\na\nb\n##c\n"))
+
+
+def _read_tokenizer(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    tokens = read_tokens(checkpoint)
+    assert tokens is None or all(0 <= row < 2**31 for row in tokens.rows.values())
+    extended_files(checkpoint, {"<other>": (9, {"special": True})})
+
+
 def _masked(folder: Path) -> None:
     models = folder.parent / "models"
     models.mkdir()
@@ -296,6 +368,12 @@ def _read_study(folder: Path) -> None:
         study.meta(), study.trials(), study.notices()
 
 
+def _weights(folder: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    ViTForImageClassification(ViTConfig(**CONFIG)).save_pretrained(folder)
+
+
 def _build(folder: Path) -> None:
     from bmm.evaluation.skeleton import from_transformers
 
@@ -322,7 +400,9 @@ READERS: dict[str, Reader] = {
     "safetensors header": Reader(_secrets, _safetensors, lambda f: _read_all(f / "model.safetensors")),
     "index of shards": Reader(_shards, _index, _read_all),
     "config.json": Reader(_one, _writes("config.json", CONFIG), _read_all),
-    "config.json, model built": Reader(_nothing, _writes("config.json", CONFIG), _build, share=0.05),
+    "config.json, model built": Reader(_weights, _writes("config.json", CONFIG), _build, share=0.05),
+    "adapter": Reader(_adapted, _adapter, _read_adapter),
+    "tokenizer files": Reader(_one, _tokenizer, _read_tokenizer),
     "torch archive": Reader(_secrets, _archive, lambda f: _read_all(f / "pytorch_model.bin")),
     "recipe": Reader(
         _nothing, _writes("r.yaml", RECIPE, True), lambda f: Recipe.load(f / "r.yaml").to_yaml(), follows=True

@@ -23,7 +23,7 @@ def fuzz():
 
 NAMES = [
     "safetensors header", "index of shards", "config.json", "torch archive", "recipe", "mergekit recipe", "task file",
-    "masks.json", "study",
+    "masks.json", "study", "adapter", "tokenizer files",
 ]  # fmt: skip
 
 
@@ -149,3 +149,81 @@ def test_tasks_that_are_no_list_are_refused(tasks):
 
     with pytest.raises(RecipeError, match="expected a list"):
         check_tasks(tasks)
+
+
+def adapter_config(folder, **changes):
+    from bmm.checkpoint.adapter_config import read_adapter_config
+
+    keys = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(keys | changes))
+    return read_adapter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_pattern": ["["], "layers_to_transform": [0]}, "no pattern"),
+        ({"modules_to_save": ["(?i)head"]}, "no pattern"),  # sound alone, not inside a longer one
+        ({"rank_pattern": {"(?i)q": 3}}, "no pattern"),
+        ({"target_modules": "a{99999999999999999999}"}, "no pattern"),
+        ({"lora_alpha": 10**400}, "not a finite number"),
+        ({"r": 10**400}, "not a positive whole number"),
+        ({"peft_type": "a\nb"}, "only LORA"),
+    ],
+)
+def test_adapter_settings_that_cannot_be_used_are_refused(changes, words, tmp_path):
+    from bmm.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match=words) as error:
+        adapter_config(tmp_path, **changes)
+    assert "\n" not in error.value.message
+
+
+def test_a_pattern_with_groups_finds_the_layer_all_the_same(tmp_path):
+    config = adapter_config(tmp_path, layers_pattern=["(h|layers)"], layers_to_transform=[1])
+    assert [config.is_target(f"m.h.{n}.q") for n in (0, 1, "1" * 5000)] == [False, True, False]
+
+
+@pytest.mark.parametrize("base", ["~nobody-of-that-name/x", "a" * 3000, "/\0", "\ud800"])
+def test_an_adapters_base_that_is_no_path_says_nothing(base, fuzz, tmp_path):
+    from bmm.checkpoint import open_checkpoint
+    from bmm.checkpoint.adapters import open_adapter
+
+    folder = tmp_path / "place"
+    folder.mkdir()
+    fuzz._adapted(folder)
+
+    class Still(fuzz.Mutator):
+        def randrange(self, *args):
+            return 2
+
+        def document(self, document):
+            return json.dumps(document | {"base_model_name_or_path": base}).encode()
+
+    fuzz._adapter(folder, Still(0))
+    assert open_adapter(folder, open_checkpoint(folder / "base")).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}, "without its text"),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": "<new>"}, "not a list"),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": "x", "content": "b"}]}, "without a row number: 'b'"),
+        ({"model": {"vocab": {"a": 2**40}}}, "without a row number"),
+        ({"model": {"vocab": [1, 2]}}, "no list of tokens"),
+        ({"model": {"vocab": {"\ud800": 0}}}, "are no text"),
+    ],
+)
+def test_tokenizers_that_say_nothing_of_rows_are_refused(content, words, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from bmm.checkpoint import open_checkpoint
+    from bmm.checkpoint.tokens import read_tokens
+    from bmm.errors import CheckpointError
+
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=words):
+        read_tokens(open_checkpoint(tmp_path))

@@ -341,6 +341,33 @@ def test_what_else_can_become_of_the_statistics(convolutional):
     assert all(torch.equal(again[k], v) for k, v in measured[0].items())
 
 
+def test_checkpoints_with_older_names_need_no_model(tmp_path):
+    """ResNet saved without the prefix of its base model, as transformers still reads it."""
+    import transformers
+
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for step in (10, 20):
+            folder = tmp_path / "run" / f"checkpoint-{step}"
+            transformers.ResNetForImageClassification(config).save_pretrained(folder)
+            own = load_file(folder / "model.safetensors")
+            save_file({n.removeprefix("resnet."): t for n, t in own.items()}, folder / "model.safetensors")
+        x = {"pixel_values": torch.randn(12, 1, 16, 16)}
+    task = bmm.Task("t", validation=(x, torch.zeros(12, dtype=torch.int64)), calibration=x, batch_size=4)
+    got = bmm.average(tmp_path / "run", method="swa", tasks=[task])
+    stored = load_file(tmp_path / "run" / "checkpoint-20" / "model.safetensors")
+    assert set(got) == set(stored)
+    statistic = next(n for n in stored if n.endswith("embedder.normalization.running_mean"))
+    weights = [load_file(tmp_path / "run" / f"checkpoint-{s}" / "model.safetensors") for s in (10, 20)]
+    kernel = next(n for n in stored if n.endswith("embedder.convolution.weight"))
+    mean = (weights[0][kernel] + weights[1][kernel]) / 2
+    seen = torch.nn.functional.conv2d(x["pixel_values"], mean, stride=2, padding=3).mean((0, 2, 3))
+    torch.testing.assert_close(got[statistic], seen, rtol=1e-4, atol=1e-6)
+
+
 def test_tasks_that_cannot_measure_are_refused(convolutional):
     folder, space = convolutional
     (task,) = space["tasks"]()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .formats import read_json, some
+from .formats import read_json, reason, some
 from .layout import inside
 
 CONFIG = "adapter_config.json"
@@ -86,9 +86,9 @@ class AdapterConfig:
         return any(lies_in(name, module) for name in self.modules_to_save)
 
     def _layer_of(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [_numbered(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<bmm_layer>\d{1,9})\."]
         found = next((m for m in (re.match(p, module) for p in patterns) if m), None)
-        return int(found[1]) if found else None
+        return int(found["bmm_layer"]) if found else None
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -97,7 +97,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     raw = read_json(inside(folder, CONFIG), "adapter configuration")
     kind = raw.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{path}: a {kind} adapter; only LORA can be opened", MERGE_WITH_PEFT)
+        said = kind if isinstance(kind, str) and kind.isidentifier() else repr(kind)[:60]
+        raise CheckpointError(f"{path}: a {said} adapter; only LORA can be opened", MERGE_WITH_PEFT)
     _refuse_others(path, raw)
     config = AdapterConfig(
         path=path,
@@ -121,23 +122,24 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
     if config.bias not in ("none", "all", "lora_only"):
         raise CheckpointError(f"{path}: bias is {config.bias!r}", "none, all or lora_only")
-    for pattern in (*config.rank_pattern, *config.alpha_pattern, *config.modules_to_save, *_regexes(config)):
+    for pattern, used in _regexes(config):
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CheckpointError(f"{path}: {pattern!r} is no pattern ({error})", "repair it by hand") from None
+            re.compile(used)
+        except (re.error, OverflowError, RecursionError) as error:
+            shown = f"{pattern[:100]!r} is no pattern ({reason(error)})"
+            raise CheckpointError(f"{path}: {shown}", "repair it by hand") from None
     return config
 
 
 def lies_in(name: str, module: str) -> bool:
     """Whether ``module`` is, or lies in, a module of that name, which may be a pattern."""
-    return re.match(rf"(^|.*\.){name}($|\..*)", module) is not None
+    return re.match(_saved(name), module) is not None
 
 
 def _refuse_others(path: Path, raw: Mapping[str, Any]) -> None:
     """Options that change the weights and are not read here must not be set, known to this version or not."""
     odd = [
-        f"{key}={str(value)[:60]}"
+        f"{key[:60]}={str(value)[:60]}"
         for key, value in raw.items()
         if key not in WITHOUT_EFFECT and key not in READ and value not in (None, False, [], {}, "")
     ]
@@ -151,12 +153,29 @@ def _refuse_others(path: Path, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _regexes(config: AdapterConfig) -> Iterable[str]:
-    return (t for t in (config.targets, config.exclude) if isinstance(t, str))
+def _regexes(config: AdapterConfig) -> Iterable[tuple[str, str]]:
+    """Every pattern of the file, and what is made of it: a flag or a group may be sound alone and not inside."""
+    yield from ((t, t) for t in (config.targets, config.exclude) if isinstance(t, str))
+    yield from ((p, _ending(p)) for p in (*config.rank_pattern, *config.alpha_pattern))
+    yield from ((p, _saved(p)) for p in config.modules_to_save)
+    yield from ((p, _numbered(p)) for p in config.layers_pattern)
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _saved(name: str) -> str:
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+def _numbered(pattern: str) -> str:
+    """Up to nine digits after a list of layers: no model has more, and Python refuses to read thousands."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<bmm_layer>\d{{1,9}})\."
 
 
 def _pattern_of(patterns: Iterable[str], module: str) -> str:
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), "")
+    return next((p for p in patterns if re.match(_ending(p), module)), "")
 
 
 def _ends_with(module: str, names: Iterable[str]) -> bool:
@@ -164,19 +183,23 @@ def _ends_with(module: str, names: Iterable[str]) -> bool:
 
 
 def _wrong(path: Path, key: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {key} is {value!r}, not {expected}", "download or save the adapter again")
+    shown = repr(value)[:100]
+    return CheckpointError(f"{path}: {key} is {shown}, not {expected}", "download or save the adapter again")
 
 
 def _rank(path: Path, key: str, value: Any) -> int:
-    if type(value) is not int or value <= 0:
-        raise _wrong(path, key, value, "a positive whole number")
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _wrong(path, key, value, "a positive whole number below 2^31")
     return value
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(path, key, value, "a finite number")
-    return float(value)
+    try:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        pass
+    raise _wrong(path, key, value, "a finite number")
 
 
 def _flag(path: Path, raw: Mapping[str, Any], key: str) -> bool:

@@ -178,8 +178,12 @@ def _require_equal(folder: Path, adapter: TensorFile, parts: Parts) -> None:
 
 
 def _notices(config: AdapterConfig, base: Checkpoint) -> tuple[str, ...]:
-    """A base of another place than the one given may be another base."""
-    said = Path(config.base).expanduser() if config.base else None
-    if said is None or not (said.is_absolute() or said.is_dir()) or said.resolve() == base.path.resolve():
+    """A base of another place than the one given may be another base; what is no path of this machine says nothing."""
+    try:
+        said = Path(config.base).expanduser()
+        local = bool(config.base) and (said.is_absolute() or said.is_dir())
+        if not local or said.resolve() == base.path.resolve():
+            return ()
+    except (OSError, RuntimeError, ValueError):
         return ()
     return (f"{config.path.parent} was trained on {config.base}, and the base given is {base.path}",)

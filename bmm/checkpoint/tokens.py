@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .formats import read_json, reason
+from .formats import read_json, reason, some
 from .reader import Checkpoint
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+
+
+MOST_ROWS = 2**31
+"""Row numbers stay below this, as torch's indices and every tokenizer's do."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,16 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
     else:
         return None
     path = next(iter(files.values())).parent
-    if not all(type(row) is int and row >= 0 for row in rows.values()):
-        raise CheckpointError(f"{path}: the tokenizer has tokens without a row number", "save it again")
+    odd = [token for token, row in rows.items() if type(row) is not int or not 0 <= row < MOST_ROWS]
+    if odd:
+        shown = some(repr(token)[:40] for token in odd)
+        raise CheckpointError(f"{path}: the tokenizer has tokens without a row number: {shown}", _AGAIN)
     if len(set(rows.values())) != len(rows):
-        raise CheckpointError(f"{path}: the tokenizer gives two tokens the same row", "save it again")
+        raise CheckpointError(f"{path}: the tokenizer gives two tokens the same row", _AGAIN)
+    try:
+        "".join(rows).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: the tokenizer has tokens that are no text", _AGAIN) from None
     return Tokens(rows, added)
 
 
@@ -58,7 +68,7 @@ def extended_files(base: Checkpoint, new: Mapping[str, tuple[int, Mapping[str, A
     if "tokenizer.json" in files:
         out["tokenizer.json"] = tokenizer = read_json(files["tokenizer.json"], "tokenizer")
         tokenizer["added_tokens"] = [
-            *(tokenizer.get("added_tokens") or []),
+            *_added_tokens(files["tokenizer.json"], tokenizer),
             *({**_PLAIN, **said, "id": row, "content": token} for token, (row, said) in new.items()),
         ]
     if "added_tokens.json" in files or "tokenizer.json" not in files:
@@ -69,9 +79,17 @@ def extended_files(base: Checkpoint, new: Mapping[str, tuple[int, Mapping[str, A
         if isinstance(config.get("added_tokens_decoder"), dict):
             said = {str(row): {**_PLAIN, **_without_id(s), "content": t} for t, (row, s) in new.items()}
             out["tokenizer_config.json"] = config | {"added_tokens_decoder": config["added_tokens_decoder"] | said}
-    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in out.items()}
+    return {name: _text(base, name, content) for name, content in out.items()}
 
 
+def _text(base: Checkpoint, name: str, content: Any) -> bytes:
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise CheckpointError(f"{base.path / name}: cannot be written again ({reason(error)})", _AGAIN) from None
+
+
+_AGAIN = "save the tokenizer again with transformers"
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 
@@ -79,18 +97,31 @@ def _without_id(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "id"}
 
 
-def _from_tokenizer(path: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:
+def _from_tokenizer(path: Path) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
     raw = read_json(path, "tokenizer")
     model = raw.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    added = {str(entry["content"]): entry for entry in raw.get("added_tokens") or []}
+    added: dict[str, Mapping[str, Any]] = {}
+    for entry in _added_tokens(path, raw):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise CheckpointError(f"{path}: an added token without its text: {repr(entry)[:60]}", _AGAIN)
+        added[entry["content"]] = entry
     if isinstance(vocabulary, list):  # Unigram: [token, score] in order of rows
-        rows = {str(entry[0]): row for row, entry in enumerate(vocabulary)}
+        if not all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocabulary):
+            raise CheckpointError(f"{path}: the vocabulary is no list of tokens with scores", _AGAIN)
+        rows = {entry[0]: row for row, entry in enumerate(vocabulary)}
     elif isinstance(vocabulary, Mapping):
         rows = dict(vocabulary)
     else:
-        raise CheckpointError(f"{path}: no vocabulary in the tokenizer", "save it again with transformers")
-    return rows | {token: int(entry["id"]) for token, entry in added.items()}, added
+        raise CheckpointError(f"{path}: no vocabulary in the tokenizer", _AGAIN)
+    return rows | {token: entry.get("id") for token, entry in added.items()}, added
+
+
+def _added_tokens(path: Path, raw: Mapping[str, Any]) -> list[Any]:
+    found = raw.get("added_tokens")
+    if found is not None and not isinstance(found, list):
+        raise CheckpointError(f"{path}: added_tokens is {repr(found)[:60]}, not a list", _AGAIN)
+    return found or []
 
 
 def _from_vocabulary(files: Mapping[str, Path]) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]]:

@@ -182,6 +182,11 @@ def _new_tokens(experts: Sequence[_Expert], count: int) -> dict[str, tuple[int, 
         for token in sorted(fresh, key=rows.__getitem__):
             if token not in new and expert.tokens is not None:
                 new[token] = (row + len(new), expert.tokens.added[token])
+    if new and row > count:
+        raise CheckpointError(
+            f"the base's tokenizer has a token in row {row - 1}, its embedding {count} rows",
+            "put the tokenizer of this base into its folder, or use vocabulary: base",
+        )
     return new
 
 

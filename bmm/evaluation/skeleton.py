@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
 from .experts import DOWN, GATE_UP, separate, stacked_experts
+from .sizes import Room
 
 _HINT = "give model: FILE.py:FUNCTION, a function that returns the torch.nn.Module"
 _OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -28,10 +29,12 @@ def from_transformers(
     ``stored``: the checkpoint's own names, of which some may be older than those transformers would write today. Where
     a Mixture of Experts is stored one matrix a name, the model holds one Linear a matrix (`SeparateExperts`).
 
-    ``outline``: on the meta device, where it takes no memory and computes nothing.
+    ``outline``: on the meta device, where it takes no memory and computes nothing. Without, it is built there first
+    and compared in size with the weights in the folder, before any memory is taken.
 
     Raises:
-        RecipeError: no config, no architecture in it, transformers not installed, or it does not know the class.
+        RecipeError: no config, no architecture in it, transformers not installed, or it does not know the class; a
+        model of more than twice the entries that the folder's weight files hold.
     """
     config_file = Path(folder) / "config.json"
     if not config_file.is_file():
@@ -60,9 +63,11 @@ def from_transformers(
 
 
 def _built(kind: Any, folder: str | Path, stored: Iterable[str], outline: bool) -> tuple[nn.Module, dict[str, str]]:
-    with torch.device("meta") if outline else _unset_weights():
-        model: nn.Module = kind(kind.config_class.from_pretrained(str(folder)))
+    config = kind.config_class.from_pretrained(str(folder))
+    model = _outline(kind, config, Room.of(Path(folder)))
     if not outline:
+        with _unset_weights():
+            model = kind(config)
         _set_buffers(model)
     found = stored_names(model)
     apart = {own.rpartition(".experts.")[0] + ".experts" for own in found.values() if ".experts." in own}
@@ -70,6 +75,18 @@ def _built(kind: Any, folder: str | Path, stored: Iterable[str], outline: bool) 
         if path in apart:
             separate(model, path)
     return model, found | _older_names(model, found, stored)
+
+
+def _outline(kind: Any, config: Any, room: Room | None) -> nn.Module:
+    """The model on the meta device; `RecipeError` where it has no ``room`` in the checkpoint."""
+    with torch.device("meta"):
+        if room is None:
+            return cast(nn.Module, kind(config))
+        with room.bounding():
+            model: nn.Module = kind(config)
+    model.tie_weights()  # type: ignore[operator]
+    room.require(model)
+    return model
 
 
 def stored_names(model: nn.Module) -> dict[str, str]:

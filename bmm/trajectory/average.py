@@ -197,7 +197,8 @@ class _Norms:
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
             raise RecipeError("tasks must be a list of bmm.Task", "give at least one, with calibration inputs")
         target = model if isinstance(model, str) else "transformers"
-        self.model, names = build_model(None if isinstance(model, str) else model, target, newest.path)
+        builder = None if isinstance(model, str) else model
+        self.model, names = build_model(builder, target, newest.path, newest)
         self.own = {stored: names.get(stored, stored) for stored in newest.names}
         shapes = {self.own[name]: newest.info(name).shape for name in newest.names}
         check_skeleton(self.model, list(shapes), shapes)

@@ -122,6 +122,16 @@ def test_tokens_of_a_tokenizer_s_own_model_are_not_taken_in(tmp_path):
         ModelPool.open(base, [expert], vocabulary="union")
 
 
+def test_a_base_whose_tokens_lie_beyond_its_rows_takes_in_none(tmp_path):
+    """New rows come after the base's last token: one in row 2 000 000 000 would ask for as many."""
+    base, expert = write(tmp_path / "base"), write(tmp_path / "e", added=["<x>"])
+    raw = json.loads((base / "tokenizer.json").read_text())
+    raw["added_tokens"] = [{"id": 2 * 10**9, "content": "<far>"}]
+    (base / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="a token in row 2000000000, its embedding 5 rows"):
+        ModelPool.open(base, [expert], vocabulary="union")
+
+
 def test_padding_alone_is_no_difference(tmp_path):
     base, expert = write(tmp_path / "base", padding=1), write(tmp_path / "e", padding=4, offset=2.0)
     pool = ModelPool.open(base, [expert])

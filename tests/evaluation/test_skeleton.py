@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import bmm
 from bmm.errors import RecipeError
+from bmm.evaluation import sizes, skeleton
 from bmm.evaluation.skeleton import from_transformers
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -96,3 +97,42 @@ def test_folders_without_an_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(RecipeError, match="has no NoSuchModel"):
         from_transformers(tmp_path)
+
+
+def write_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_config_of_a_larger_model_than_is_stored_is_refused_before_it_is_built(kind, tmp_path, monkeypatch):
+    MODELS[kind]().save_pretrained(tmp_path)
+    width = "n_embd" if kind == "gpt2" else "hidden_size"
+    write_config(tmp_path, **{width: 2**15})
+    monkeypatch.setattr(sizes, "SLACK", 2**10)
+    built = []
+    monkeypatch.setattr(skeleton, "_unset_weights", lambda: built.append(kind))
+    for outline in (False, True):
+        with pytest.raises(RecipeError, match=r"config\.json asks for a model of .* beside it have") as error:
+            from_transformers(tmp_path, outline=outline)
+        assert "config.json" in error.value.hint
+    assert not built
+
+
+def test_layers_without_end_stop_while_they_are_counted(tmp_path):
+    """On the meta device too a layer takes memory, of Python objects."""
+    MODELS["vit"]().save_pretrained(tmp_path)
+    write_config(tmp_path, num_hidden_layers=10**6, hidden_size=2, num_attention_heads=1, intermediate_size=2)
+    with pytest.raises(RecipeError, match=r"asks for a model of over .*; the weights beside it have 5,411 in 40"):
+        from_transformers(tmp_path)
+    assert not torch.nn.modules.module._global_parameter_registration_hooks
+
+
+def test_a_model_may_be_twice_what_is_stored(tmp_path, monkeypatch):
+    """Tied weights stored once, buffers that are computed: the limit leaves room for both."""
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(sizes, "SLACK", 0)
+    held = sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
+    built, _ = from_transformers(tmp_path)
+    assert held <= sum(t.numel() for t in (*built.parameters(), *built.buffers())) < 2 * held
