@@ -99,7 +99,7 @@ def run(*shape):
     list(merge_stream(sys.argv[1], Made(0, shape), [Made(1 + t, shape) for t in range(8)]))
 def peak():  # ru_maxrss would start at that of the parent
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-run(128, 128)
+run(256, 512)  # every library loaded, every path taken
 before = peak()
 run(256, 8192)
 print((peak() - before) / (4 * 8 * 256 * 8192))
