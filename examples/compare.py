@@ -1,7 +1,7 @@
 """A table of base, experts, plain merges and BMM on the tasks of a recipe; both text examples make theirs with it.
 
-Hyperparameters are picked on validation data; test data are scored once a finished model. Every row is a file in the work
-folder and is not computed again while it is there, so a stopped comparison goes on where it was.
+Hyperparameters are picked on validation data; test data are scored once a finished model. Every row is a file in the
+work folder and is not computed again while it is there, so a stopped comparison goes on where it was.
 """
 
 from __future__ import annotations

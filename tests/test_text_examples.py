@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples import packages
 from examples.rxn import build as rxn
 from examples.rxn.reactions import TOKEN, reactions
 from examples.text5 import data
@@ -34,7 +35,7 @@ def test_published_encoders_get_one_layout():
     full = {"bert.encoder.layer.0.output.dense.weight": torch.ones(1), "cls.predictions.bias": torch.ones(1)}
     headed = full | {"classifier.bias": torch.ones(1)}
     assert list(rxn.converted(bare)) == list(rxn.converted(full)) == list(full)[:1]
-    assert set(rxn.converted(headed)) == {list(full)[0], "classifier.bias"}
+    assert set(rxn.converted(headed)) == {next(iter(full)), "classifier.bias"}
 
 
 def test_reactions_are_distinct_and_split_into_the_tokens_they_are_made_of():
@@ -74,6 +75,19 @@ def test_rxn_runs(tmp_path):
     assert [row[0] for row in table[2:]] == ["base", "average", "tsv, BMM data", "experts"]
     assert table[-1][1:] == ["100.0", "100.0"]
     assert float(table[2][2]) < 100
+
+
+@pytest.mark.slow
+def test_the_published_models_are_converted_without_loss(tmp_path):
+    try:
+        source = packages.from_pypi("rxnfp", "0.1.0", tmp_path)
+    except packages.Unavailable as error:
+        pytest.skip(str(error))
+    run("rxn.build", "--models", tmp_path / "models", "--packages", tmp_path)
+    stored = source / "rxnfp/models/transformers/bert_ft/pytorch_model.bin"
+    theirs = torch.load(stored, weights_only=True)["encoder.layer.3.output.dense.weight"]
+    ours = transformers.BertModel.from_pretrained(tmp_path / "models" / "fingerprint")
+    assert torch.equal(ours.encoder.layer[3].output.dense.weight, theirs)
 
 
 @pytest.mark.slow

