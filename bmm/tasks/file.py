@@ -35,7 +35,8 @@ KINDS: dict[str, dict[str, str]] = {
         "std": "numbers", "columns": "columns", "batch_size": "count",
     },
     "text_classification": {
-        **_SPLITS, **_HEAD, "columns": "columns", "tokenizer": "path", "max_tokens": "count", "batch_size": "count",
+        **_SPLITS, **_HEAD, "pooling": "text", "columns": "columns", "tokenizer": "path", "max_tokens": "count",
+        "batch_size": "count",
     },
     "multiple_choice": {
         **_SPLITS, **_WORDS, "options": "texts", "option_template": "text", "normalise": "yes or no",

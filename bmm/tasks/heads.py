@@ -21,6 +21,8 @@ from ..errors import BmmError, RecipeError
 from ..roles import role_of
 
 TEMPLATES = ("a photo of a {}.",)
+POOLINGS = ("auto", "first", "mean")
+"""What of the tokens a linear head reads: the model's own pooled output where it has one, the first, or their mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +91,23 @@ def load_head(path: str | Path, names: Sequence[str] = ()) -> Head:
 
 @dataclass(frozen=True, eq=False)
 class Classify:
-    """A forward: keyword inputs -> logits (n, classes), through the task's own head where it has one."""
+    """A forward: keyword inputs -> logits (n, classes), through the task's own head where it has one.
+
+    ``pooling``, one of `POOLINGS`, says what a linear head reads.
+    """
 
     head: Head | None = None
+    pooling: str = "auto"
 
     @property
     def cache_key(self) -> str:
         """Tells forwards of unlike heads apart."""
-        return self.head.cache_key if self.head else ""
+        key = self.head.cache_key if self.head else ""
+        return key if self.pooling == "auto" else f"{key} {self.pooling}"
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.head and self.head.linear:
-            return self.head.logits(features(model, inputs))
+            return self.head.logits(features(model, inputs, self.pooling))
         if self.head:
             own = {n: t.to(next(model.parameters()).device) for n, t in self.head.modules.items()}
             missing = [n for n in own if not _has(model, n)]
@@ -128,9 +135,14 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def features(model: nn.Module, inputs: Mapping[str, Tensor], pooling: str = "auto") -> Tensor:
     """What a linear head reads (n, d): the projected image embedding of CLIP and SigLIP, else the pooled output, else
-    the first token's last hidden state; of a classifier, what its head would read."""
+    the first token's last hidden state; of a classifier, what its head would read.
+
+    ``pooling``: "first" or "mean" of the last hidden states in its place; padding does not count.
+    """
+    if pooling != "auto":
+        return _pooled(model, inputs, pooling)
     if set(inputs) == {"pixel_values"} and hasattr(model, "get_image_features"):
         images: Any = model
         found = images.get_image_features(**inputs)
@@ -146,6 +158,19 @@ def features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     if isinstance(getattr(out, "last_hidden_state", None), Tensor):
         return out.last_hidden_state[:, 0]
     raise RecipeError(f"{type(model).__name__} gives no features", "use a model class with pooled or hidden outputs")
+
+
+def _pooled(model: nn.Module, inputs: Mapping[str, Tensor], pooling: str) -> Tensor:
+    backbone: Any = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
+    hidden = getattr(backbone(**inputs), "last_hidden_state", None)  # (n, tokens, d)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        raise RecipeError(f"{type(model).__name__} gives no hidden states of tokens", "leave pooling out")
+    if pooling == "first":
+        return hidden[:, 0]
+    if "attention_mask" not in inputs:
+        return hidden.mean(1)
+    mask = inputs["attention_mask"].unsqueeze(-1).to(hidden)  # (n, tokens, 1)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def _embeds(model: nn.Module) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 from ..evaluation import Task
 from .build import Splits, class_count
-from .heads import Classify, Head
+from .heads import POOLINGS, Classify, Head
 from .rows import Rows, label_numbers
 
 
@@ -55,6 +55,7 @@ def text_classification(
     tokenizer: str | Path,
     classes: Sequence[str] | None = None,
     head: Head | None = None,
+    pooling: str = "auto",
     columns: dict[str, str] | None = None,
     max_tokens: int = 256,
     labels: int | None = None,
@@ -66,11 +67,17 @@ def text_classification(
         splits: where the data are, see `bmm.tasks.Splits`; columns ``text``, ``label``, and ``pair`` where it is named.
         tokenizer: the folder it is loaded from.
         classes: names of the labels, in the head's order; not needed where labels are numbers.
+        pooling: what of the tokens a linear head reads, one of `POOLINGS`: the model's pooled output, the first token,
+            or the mean of all but padding, as sentence encoders have it.
         columns: other names for the columns, such as {"text": "sentence"}.
         max_tokens: longer texts are cut.
         labels: how many classes there are, where neither ``classes`` nor ``head`` says it.
         batch_size: inputs a batch while scoring.
     """
+    if pooling not in POOLINGS:
+        raise RecipeError(f"pooling: no {pooling!r}", did_you_mean(pooling, POOLINGS))
+    if pooling != "auto" and not (head and head.linear):
+        raise RecipeError(f"pooling: {pooling} is for a linear head", "give head: a file with weight and bias")
     named = {"text": "text", "label": "label"} | (columns or {})
     words = load_tokenizer(tokenizer)
 
@@ -87,4 +94,4 @@ def text_classification(
         batch = words(texts, pairs or None, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
         return {k: torch.as_tensor(v) for k, v in batch.items()}, targets
 
-    return splits.task(name, load, forward=Classify(head), batch_size=batch_size)
+    return splits.task(name, load, forward=Classify(head, pooling), batch_size=batch_size)

@@ -182,6 +182,29 @@ def test_text_classification_with_the_experts_own_head(name, tmp_path):
     assert with_head.forward.cache_key != own.forward.cache_key
 
 
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_linear_heads_read_the_tokens_they_are_told_to(pooling, tmp_path):
+    save_tokenizer(tmp_path)
+    net = model("bert", seed=3)
+    save_file({"weight": torch.randn(2, 16), "bias": torch.randn(2)}, tmp_path / "head.safetensors")
+    head = tasks.load_head(tmp_path / "head.safetensors")
+    splits = tasks.Splits(jsonl(tmp_path / "d.jsonl", SENTENCES))
+    made = {"tokenizer": tmp_path, "head": head}
+    task = tasks.text_classification("t", splits, pooling=pooling, **made)
+    with torch.no_grad():
+        batch = task.validation[0]
+        logits = task.forward(net, batch)
+        for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], logits, strict=True):
+            hidden = net.bert(ids[mask.bool()][None]).last_hidden_state[0]  # by itself, nothing is padded
+            seen = hidden[0] if pooling == "first" else hidden.mean(0)
+            torch.testing.assert_close(row, head.logits(seen), rtol=1e-4, atol=1e-5)
+    assert task.forward.cache_key != tasks.text_classification("t", splits, **made).forward.cache_key
+    with pytest.raises(RecipeError, match="for a linear head"):
+        tasks.text_classification("t", splits, tokenizer=tmp_path, pooling=pooling, labels=2)
+    with pytest.raises(RecipeError, match="no 'median'"):
+        tasks.text_classification("t", splits, pooling="median", **made)
+
+
 def pictures(folder, size=12):
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
