@@ -128,7 +128,7 @@ def main() -> None:
                 hours = gigabytes * found["cpu"] / read / 3600
                 text = f"{gigabytes:.0f} GB read and written at {read / found['cpu']:.2f} GB a CPU second, as measured"
                 memory = f"{found['mib'] / 1024:.1f} GiB (pieces)"
-            extrapolated.append([kind, target, f"{hours:.1f}", memory, text])
+            extrapolated.append([kind, target, f"{hours:.2f}", memory, text])
     linear = []
     fewer = [(args.layers // 4, args.experts), (args.layers // 2, args.experts)]
     for layers, experts in (*fewer, *((args.layers, t) for t in range(1, args.experts + 1))):
