@@ -14,27 +14,40 @@ from .tied import Groups, shared_groups
 
 
 class TiedView(Mapping[str, Tensor]):
-    """An expert seen through the base's names, where one of them stores a tied weight once and the other twice."""
+    """An expert seen through the base's names: one may store a tied weight once and the other twice, and buffers may be
+    the base's."""
 
-    def __init__(self, source: Mapping[str, Tensor], stored_as: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: Mapping[str, Tensor], stored_as: Mapping[str, str], base: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.source = source
         self.stored_as = dict(stored_as)
-        """The base's names -> the names under which ``source`` stores them."""
+        """The base's names -> the names under which ``source`` stores them; others are read from ``base``."""
+        self.base = base
+
+    def place(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        """The mapping that holds a tensor, and its name there."""
+        if name in self.stored_as:
+            return self.source, self.stored_as[name]
+        if self.base is None or name not in self.base:
+            raise KeyError(name)
+        return self.base, name
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.source[self.stored_as[name]]
+        source, stored = self.place(name)
+        return source[stored]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored_as)
+        return iter(self.stored_as if self.base is None else self.base)
 
     def __len__(self) -> int:
-        return len(self.stored_as)
+        return len(self.stored_as if self.base is None else self.base)
 
 
 def on_disk(source: Mapping[str, Tensor], name: str) -> tuple[Checkpoint, str] | None:
     """The checkpoint that holds a tensor and the name it has there; None where it is in memory."""
     if isinstance(source, TiedView):
-        return on_disk(source.source, source.stored_as[name])
+        return on_disk(*source.place(name))
     return (source, name) if isinstance(source, Checkpoint) else None
 
 
@@ -43,7 +56,7 @@ def info_of(source: Mapping[str, Tensor], name: str) -> TensorInfo:
     if isinstance(source, Checkpoint):
         return source.info(name)
     if isinstance(source, TiedView):
-        return info_of(source.source, source.stored_as[name])
+        return info_of(*source.place(name))
     return TensorInfo.of(source[name])
 
 
@@ -70,7 +83,8 @@ def align(
 ) -> Mapping[str, Tensor]:
     """``expert`` under exactly the base's names, or a `CheckpointError` that counts and names what differs.
 
-    A tied weight may be stored once on one side and under each of its names on the other; that is no difference.
+    A tied weight may be stored once on one side and under each of its names on the other; that is no difference. Nor
+    are integer buffers (position ids, say) that one side saves and the other does not: a merge takes the base's.
     """
     missing = set(base) - set(expert)
     extra = set(expert) - set(base)
@@ -81,11 +95,14 @@ def align(
                 stored_as[name] = other
     if extra:
         extra -= {name for name in extra if any(other in base for other in _tied_with(name, ties_of(expert)))}
-    _require_agreement(base, expert, stored_as, sorted(missing - set(stored_as)), sorted(extra), label)
+    absent = missing - set(stored_as)
+    buffers = {name for name in absent if not info_of(base, name).floating}
+    extra -= {name for name in extra if info_of(expert, name).dtype == torch.int64}  # quantised weights never are
+    _require_agreement(base, expert, stored_as, sorted(absent - buffers), sorted(extra), label)
     _require_ties(base_ties, expert, label)
     if set(expert) == set(base):
         return expert
-    return TiedView(expert, {name: stored_as[name] for name in base})
+    return TiedView(expert, {n: stored_as[n] for n in base if n not in buffers}, base if buffers else None)
 
 
 def _tied_with(name: str, groups: Groups) -> list[str]:

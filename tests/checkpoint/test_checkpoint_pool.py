@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bmm.anchors import merge
 from bmm.checkpoint import ModelPool, open_checkpoint
 from bmm.errors import CheckpointError
 
@@ -198,3 +199,21 @@ def test_an_expert_that_unties_is_refused_and_an_untied_base_stays_untied():
     pool = ModelPool(tied_model(0, tied=False), [tied_model(1)])
     assert pool.tied == ()
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(pool.float_names)
+
+
+def test_integer_buffers_that_one_side_saves_are_the_bases(tmp_path):
+    weights = {"w": torch.ones(2, 2)}
+    ids = {"position_ids": torch.arange(4)}
+    save_file(weights | ids, tmp_path / "old.safetensors")
+    save_file(weights, tmp_path / "new.safetensors")
+    old, new = (open_checkpoint(tmp_path / f"{n}.safetensors") for n in ("old", "new"))
+    pool = ModelPool(old, [new])
+    assert list(pool.experts[0]) == ["position_ids", "w"]
+    assert torch.equal(pool.experts[0]["position_ids"], ids["position_ids"])
+    assert torch.equal(merge("average", pool.base, pool.experts)["position_ids"], ids["position_ids"])
+    assert ModelPool(new, [old]).names == ("w",)
+    assert list(ModelPool(new, [old]).experts[0]) == ["w"]
+    with pytest.raises(CheckpointError, match="1 missing: scale"):
+        ModelPool(weights | {"scale": torch.ones(1)}, [new])
+    with pytest.raises(CheckpointError, match="1 not in the base: q"):
+        ModelPool(new, [weights | {"q": torch.ones(2, dtype=torch.int8)}])
