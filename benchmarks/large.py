@@ -90,6 +90,28 @@ def run(args: argparse.Namespace, kind: str, layers: int, experts: int) -> dict[
     return loaded
 
 
+def draw(path: Path, points: list[tuple[str, float, float]]) -> None:
+    """CPU seconds against GB read and written, with the straight line through them."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "bmm"
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(4.6, 3.2), layout="constrained")
+    x, y = np.array([p[1] for p in points]), np.array([p[2] for p in points])
+    slope, start = np.polyfit(x, y, 1)
+    axis.plot([0, x.max()], [start, start + slope * x.max()], color="0.7")
+    for label, gigabytes, seconds in points:
+        axis.plot(gigabytes, seconds, "o", label=label)
+    axis.set(xlabel="GB read and written", ylabel="CPU seconds", xlim=(0, None), ylim=(0, None))
+    axis.set_title(f"task arithmetic: {start:.1f} s + {slope:.2f} s a GB", fontsize="medium")
+    axis.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=3)
@@ -99,6 +121,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/merges"))
+    parser.add_argument("--svg", type=Path, default=Path("docs/pictures/large.svg"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--print", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--into", type=Path, help="a Markdown file whose marked place takes the result")
@@ -129,11 +152,12 @@ def main() -> None:
                 text = f"{gigabytes:.0f} GB read and written at {read / found['cpu']:.2f} GB a CPU second, as measured"
                 memory = f"{found['mib'] / 1024:.1f} GiB (pieces)"
             extrapolated.append([kind, target, f"{hours:.2f}", memory, text])
-    linear = []
+    linear, points = [], list[tuple[str, float, float]]()
     fewer = [(args.layers // 4, args.experts), (args.layers // 2, args.experts)]
     for layers, experts in (*fewer, *((args.layers, t) for t in range(1, args.experts + 1))):
         if found := run(args, "task_arithmetic", layers, experts):
             gigabytes = 2 * found["parameters"] * (experts + 2) / 1e9
+            points.append((f"{layers} layers, {experts} experts", gigabytes, found["cpu"]))
             linear.append(
                 [
                     str(layers),
@@ -149,6 +173,8 @@ def main() -> None:
     text += "\n\nExtrapolated, not measured:\n\n"
     text += markdown(["merge", "size", "core hours", "peak", "how"], extrapolated)
     publish(args, "large", text)
+    if len(points) > 1:
+        draw(args.svg, points)
 
 
 if __name__ == "__main__":
