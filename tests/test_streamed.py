@@ -101,7 +101,7 @@ def test_a_merge_on_disk_is_the_merge_in_memory(family, tmp_path):
 
 def test_grams_collected_in_parts_are_those_collected_at_once(family, tmp_path):
     whole = bmm.collect_grams(family.recipe(cache=str(tmp_path / "one")))
-    parts = bmm.collect_grams(family.recipe(cache=str(tmp_path / "parts")), max_memory=3e-5)
+    parts = bmm.collect_grams(family.recipe(cache=str(tmp_path / "parts")), max_memory=4.3e-4)
     files = len(list((tmp_path / "parts" / "grams").iterdir()))
     assert files > len(whole) == len(list((tmp_path / "one" / "grams").iterdir()))
     for task, grams in whole.items():
@@ -111,7 +111,7 @@ def test_grams_collected_in_parts_are_those_collected_at_once(family, tmp_path):
             assert torch.equal(parts[task].for_weight(name), grams.for_weight(name)), name
     merged = [
         bmm.merge(family.recipe(cache=str(tmp_path / c)), lam=1.0, max_memory=m)
-        for c, m in (("one", 0), ("parts", 3e-5))
+        for c, m in (("one", 0), ("parts", 4.3e-4))
     ]
     assert all(torch.equal(merged[0][n], merged[1][n]) for n in merged[0])
 
@@ -134,27 +134,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(family, monkeypatc
 
 
 def test_the_estimate_of_a_streamed_merge_bounds_what_it_takes(tmp_path):
-    shapes = {"a.weight": (1024, 768), "b.weight": (768, 1536)}
+    shapes = {"a.weight": (2048, 1536), "b.weight": (1536, 3072)}
     for name in ("base", "e0", "e1", "e2"):
         save_file({n: torch.randn(s) for n, s in shapes.items()}, tmp_path / f"{name}.safetensors")
     recipe = {"base": str(tmp_path / "base.safetensors"), "anchor": "task_arithmetic", "grams": "datafree"}
     recipe["experts"] = {f"e{t}": str(tmp_path / f"e{t}.safetensors") for t in range(3)}
     run = Run(Recipe.from_dict(recipe), need_tasks=False)
     needed, _ = estimate(run.recipe, run.pool, "merge")
-    code = (
-        "import resource, sys, json, bmm\n"
-        "keys = json.loads(sys.argv[1])\n"
-        "import bmm.api, bmm.writing, torch; torch.linalg.cholesky(torch.eye(8)); torch.eye(64) @ torch.eye(64)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "bmm.merge(keys, lam=1.0, out=sys.argv[2])\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
-    )
+    code = """
+import json, sys, torch, bmm, bmm.api, bmm.writing
+def peak():  # ru_maxrss would start at that of the parent
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+torch.linalg.cholesky(torch.eye(8)); torch.eye(64) @ torch.eye(64)
+before = peak()
+bmm.merge(json.loads(sys.argv[1]), lam=1.0, out=sys.argv[2])
+print(peak() - before)
+"""
     out = subprocess.run(
         [sys.executable, "-c", code, json.dumps(recipe), str(tmp_path / "out")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     taken = int(out.stdout.splitlines()[-1])
-    assert 0.3 * needed < taken < 1.2 * needed
+    assert 0.5 * needed < taken < 1.2 * needed, taken / needed
 
 
 def test_parts_hold_what_fits_and_every_name_once():
@@ -256,7 +257,10 @@ def test_a_stopped_merge_goes_on_from_its_finished_shards(family, tmp_path, how)
     slow = "import bmm.streamed, time; kept = bmm.streamed.StreamedMerge._solved\n"
     slow += "def solved(*a):\n    print('module', flush=True); time.sleep(0.3); return kept(*a)\n"
     slow += "bmm.streamed.StreamedMerge._solved = solved\n"
-    process = subprocess.Popen([*command[:2], slow + MERGE, *command[3:]], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command[:2], slow + MERGE, *command[3:]], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )  # fmt: skip
     for _ in range(4):
         assert process.stdout.readline() == "module\n"
     os.kill(process.pid, how)
