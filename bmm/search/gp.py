@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 Array = NDArray[np.float64]
 
 _MIN_NOISE, _MIN_LENGTHSCALE = 1e-4, 2.5e-2
-_FIRST_LOG_NOISE = -4.0  # where a fit starts
+_NOISE = (-4.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,12 @@ class Prior:
     @classmethod
     def scaled(cls, d: int) -> Prior:
         """Says little, and expects lengthscales to grow with the root of the dimension: BoTorch's."""
-        return cls(np.full(d, math.sqrt(2) + 0.5 * math.log(d)), math.sqrt(3), (-4.0, 1.0))
+        return cls(np.full(d, math.sqrt(2) + 0.5 * math.log(d)), math.sqrt(3), _NOISE)
 
     @classmethod
-    def around(cls, lengthscales: Array, spread: float, noise: tuple[float, float]) -> Prior:
-        """With its mode at ``lengthscales`` (d,); ``spread`` is the standard deviation of their logs.
-
-        ``noise`` gives the mode of the noise variance and the standard deviation of its log.
-        """
-        return cls(np.log(lengthscales) + spread**2, spread, (math.log(noise[0]) + noise[1] ** 2, noise[1]))
+    def around(cls, lengthscales: Array, spread: float) -> Prior:
+        """With its mode at ``lengthscales`` (d,); ``spread`` is the standard deviation of their logs."""
+        return cls(np.log(lengthscales) + spread**2, spread, _NOISE)
 
 
 def standardised(y: Array) -> tuple[Array, Array, Array]:
@@ -139,7 +136,7 @@ def fit(
     """
     d = len(differences)
     lengthscale = max(0.5 * math.sqrt(d), _MIN_LENGTHSCALE)
-    start = np.array([math.log(lengthscale)] * d + [_FIRST_LOG_NOISE, y.mean()])
+    start = np.array([math.log(lengthscale)] * d + [_NOISE[0], y.mean()])
     bounds = [(math.log(_MIN_LENGTHSCALE), math.log(1e4))] * d + [(math.log(_MIN_NOISE), math.log(10.0)), (-5.0, 5.0)]
     loss = Loss(differences, y, variances, prior)
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": iterations})

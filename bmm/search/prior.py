@@ -19,12 +19,9 @@ it the objective changes little. The last three are guesses: a third of the way 
 SPREAD = 0.5
 """Standard deviation of the logarithms: parameters of a kind differ by a factor of two or so."""
 
-NOISE = (0.03, 0.5)
-"""Mode of the noise's share of the objective's variance over trials, and the standard deviation of its logarithm."""
-
 
 def prior_of(space: Space) -> gp.Prior:
     """Lengthscales by kind of parameter, growing with the root of the dimension: the more parameters, the less each
     of them does alone."""
     units = [LENGTHSCALES[p.name.partition("/")[0]] / (p.high - p.low) for p in space.parameters]
-    return gp.Prior.around(np.array(units) * math.sqrt(len(space)), SPREAD, NOISE)
+    return gp.Prior.around(np.array(units) * math.sqrt(len(space)), SPREAD)
