@@ -1,10 +1,10 @@
-"""Tuning without labels against tuning with them: agreement with the experts, or accuracy, as the objective.
+"""Tuning without labels against tuning with them: validation scores by agreement with the experts, or by labels.
 
     python benchmarks/labelfree.py                   vit8, TSV anchor, hybrid Grams, 50 trials, three seeds each
     python benchmarks/labelfree.py --zoo vit20
     python benchmarks/labelfree.py --print           the table of the cells that are there
 
-Both search on the same validation images; the objective "agreement" is given them without their labels. Test data are
+Both search on the same validation images; "agreement" is given them without their labels. Test data are
 scored once a finished study. Cells are files in --work, as in zoo.py, whose cells of labelled studies serve here too.
 Errors are binomial standard errors of the mean over tasks, "sd" the standard deviation over seeds; "seeds better"
 counts the seeds whose test accuracy is above the anchor's.
@@ -30,7 +30,7 @@ def blindfolded(bench: Bench) -> Bench:
 
 
 def table(bench: Bench) -> list[list[str]]:
-    """Base, anchor, both objectives, experts: seeds, test accuracy, share of the gap closed."""
+    """Base, anchor, both kinds of scores, experts: seeds, test accuracy, share of the gap closed."""
     args, ends, plain = bench.args, bench.ends(), bench.plain(bench.args.anchor)
     if ends is None or plain is None:
         raise SystemExit("no cells yet; run without --print")
@@ -41,7 +41,7 @@ def table(bench: Bench) -> list[list[str]]:
     lines.append([args.anchor, "", percent(*mean_and_error(anchor)), "", ""])
     studies = {
         "labels": (bench, label, {}),
-        "agreement": (blindfolded(bench), f"{label}-agreement", {"objective": "agreement"}),
+        "agreement": (blindfolded(bench), f"{label}-agreement", {"score_by": "agreement"}),
     }
     for name, (seen, cell, extra) in studies.items():
         found = [f for seed in range(args.seeds) if (f := seen.tuned(cell, seed, **keys, **extra))]
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args)
-    header = ["objective", "seeds", "test accuracy (%)", "gap closed", "seeds better"]
+    header = ["scored by", "seeds", "test accuracy (%)", "gap closed", "seeds better"]
     text = (
         f"{args.zoo}, {len(bench.run.tasks)} tasks, {args.budget} trials, anchor {args.anchor}, {args.grams} Grams, "
         f"autocast {args.autocast}\n\n" + markdown(header, table(bench))

@@ -17,6 +17,7 @@ from .checkpoint.vocabulary import VOCABULARIES
 from .errors import RecipeError, did_you_mean
 from .evaluation.holdout import HIGHEST_SHARE
 from .groups import AUTO, REFINABLE, SCHEMES
+from .records import RENAMED
 from .search.choice import METHODS
 from .search.engine import ENGINES
 from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
@@ -32,7 +33,7 @@ NORMS = ("anchor", "regression")
 BIAS = ("joined", "anchor")
 SEARCH = ("gamma", "weights", "anchor_scale")
 TASK_FILES = (".yaml", ".yml", ".json")
-OBJECTIVES = ("labels", "agreement")
+SCORES = ("labels", "agreement")
 EXECUTORS = ("local", "ray")
 
 
@@ -106,11 +107,11 @@ class Recipe:
         many=True,
         choices=SEARCH,
     )
-    objective: str = _key(
+    score_by: str = _key(
         "labels",
-        "What the search maximises on validation data: the tasks' scores against labels, or, without labels, agreement "
-        "with each expert's class probabilities.",
-        choices=OBJECTIVES,
+        "What a validation score is: the task's score against its labels, or, without labels, agreement with the "
+        "expert's class probabilities.",
+        choices=SCORES,
     )
     goal: str = _key(
         "mean",
@@ -198,7 +199,9 @@ class Recipe:
         known = {f.name: f for f in fields(cls)}
         for key in raw:
             if key not in known:
-                raise RecipeError(f"{where}: unknown key {key!r}", did_you_mean(str(key), known))
+                new = RENAMED.get(str(key))
+                hint = f"its name is {new} now" if new else did_you_mean(str(key), known)
+                raise RecipeError(f"{where}: unknown key {key!r}", hint)
         values = {key: _coerce(key, value, known[key].metadata, known[key].type, where) for key, value in raw.items()}
         return cls(**values).checked(where)
 

@@ -82,9 +82,9 @@ class Run:
         self.tasks: list[Task] = []  # without the held-out validation inputs
         self.held: list[Task] = []  # the same tasks with the held-out ones alone
         if tasks is not None:
-            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
+            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.score_by == "labels")}
             self.tasks, self.held = split_validation([by_name[n] for n in self.experts], recipe.holdout, recipe.seed)
-        agree = recipe.objective == "agreement"
+        agree = recipe.score_by == "agreement"
         self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self.unwritten: list[WriteError] = []  # Grams that could not be cached
         self._own_scores: dict[str, list[Score]] = {}
@@ -308,7 +308,7 @@ class Run:
     # -- scores --------------------------------------------------------------------------------------------------
 
     def score(self, tensors: Tensors, split: Any = "validation", tasks: Sequence[Task] | None = None) -> list[Score]:
-        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``objective``
+        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``score_by``
         says, else the tasks' own."""
         asked = self.tasks if tasks is None else tasks
         judged = [self.judged.get(t.name, t) for t in asked] if split == "validation" else asked

@@ -117,7 +117,7 @@ def tune_recipe(
                 engine=recipe.engine,
                 early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
-                objective_name=recipe.objective,
+                score_by=recipe.score_by,
                 goal=recipe.goal,
                 floor=recipe.floor,
                 objectives=recipe.objectives,

@@ -18,6 +18,7 @@ def test_defaults_round_trip_through_yaml(tmp_path):
     ("raw", "message", "hint"),
     [
         ({"ancor": "tsv"}, "unknown key 'ancor'", "anchor"),
+        ({"objective": "agreement"}, "unknown key 'objective'", "its name is score_by now"),
         ({"anchor": "tvs"}, "tvs", "tsv"),
         ({"knobs": {"scal": 1.0}}, "scal", "scale"),
         ({"knobs": {"scale": 99.0}}, "scale", ""),

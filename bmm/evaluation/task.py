@@ -49,7 +49,7 @@ class Task:
     Args:
         name: unique; matched with the experts' names where those are given.
         validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches. Inputs
-            alone, whole or a sequence of batches, are enough for the objective "agreement".
+            alone, whole or a sequence of batches, are enough for ``score_by: agreement``.
         test: the same with targets, for the final report; scored once. May be None.
         calibration: unlabelled inputs for data-driven Grams and Fishers, held whole or a sequence of batches; may be
             None. Take them from the training distribution and keep them apart from ``validation``.
@@ -76,7 +76,7 @@ class Task:
 
     def batches(self, split: Split) -> Iterator[tuple[Any, Tensor]]:
         """The split's (inputs, targets), batch by batch. Raises `RecipeError` where there are none, or no labels."""
-        hint = ", or tune on the experts' own outputs (objective: agreement)" if split == "validation" else ""
+        hint = ", or tune on the experts' own outputs (score_by: agreement)" if split == "validation" else ""
         for inputs, targets in self.pairs(split):
             if targets is None:
                 raise RecipeError(
