@@ -16,8 +16,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
-from zoo import Bench, cells, mean, options, publish, scores
+from zoo import Bench, begun, cells, mean, options, publish, scores
 
 from bmm.report import markdown, mean_and_error, percent
 
@@ -29,11 +28,9 @@ def blindfolded(bench: Bench) -> Bench:
     return other
 
 
-def table(bench: Bench) -> list[list[str]]:
+def table(bench: Bench, ends: dict[str, Any], plain: dict[str, Any]) -> list[list[str]]:
     """Base, anchor, both kinds of scores, experts: seeds, test accuracy, share of the gap closed."""
-    args, ends, plain = bench.args, bench.ends(), bench.plain(bench.args.anchor)
-    if ends is None or plain is None:
-        raise SystemExit("no cells yet; run without --print")
+    args = bench.args
     anchor, experts = scores(plain["test"]), scores(ends["experts"])
     keys: dict[str, Any] = {"anchor": args.anchor, "grams": args.grams, "groups": "depth", "calibration": 64}
     label = f"{args.anchor}-{args.grams}"
@@ -54,15 +51,13 @@ def table(bench: Bench) -> list[list[str]]:
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--anchor", default="tsv")
     parser.add_argument("--grams", default="hybrid", choices=("data", "datafree", "hybrid"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
+    bench, ends, plain = begun(parser)
+    args = bench.args
     header = ["scored by", "seeds", "test accuracy (%)", "gap closed", "seeds better"]
     text = (
         f"{args.zoo}, {len(bench.run.tasks)} tasks, {args.budget} trials, anchor {args.anchor}, {args.grams} Grams, "
-        f"autocast {args.autocast}\n\n" + markdown(header, table(bench))
+        f"autocast {args.autocast}\n\n" + markdown(header, table(bench, ends, plain))
     )
     publish(args, f"labelfree {args.zoo}", text)
 

@@ -17,6 +17,7 @@ from .checkpoint import ModelPool
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, split_validation
 from .evaluation.outputs import SteadyBatches, task_outputs
+from .fisher import FisherStore
 from .grams import GramStore, TaskGrams
 from .layouts import transposed_weights
 from .loading import ModelBuilder, build_model, find_device, find_tasks, fit_vocabulary, open_pool, with_groups
@@ -155,8 +156,8 @@ class Run:
         return self._fishers([(self.tasks, self.pool.base)], "base fisher")[0]
 
     def _fishers(self, wanted: Sequence[tuple[Sequence[Task], Tensors]], stage: str) -> list[Tensors]:
-        skeleton, folder = self.skeleton, cache_folder(self.recipe)
-        collector = Fishers(self.recipe, skeleton, self.pool.float_names, self._in_model, folder, self.device)
+        skeleton, store = self.skeleton, FisherStore(cache_folder(self.recipe) / "fisher")
+        collector = Fishers(self.recipe, skeleton, self.pool.float_names, self._in_model, store, self.device)
         found = []
         for done, (tasks, model) in enumerate(wanted):
             self.progress(stage, done, len(wanted), tasks[0].name if len(tasks) == 1 else "")

@@ -376,7 +376,9 @@ def test_the_order_of_the_tasks_changes_no_fisher(family, tmp_path):
 
 def test_the_base_fisher_pools_the_tasks(family, tmp_path):
     run = opened(family, tmp_path)
-    collector = Fishers(run.recipe, run.skeleton, run.pool.float_names, {}, tmp_path, run.device)
+    collector = Fishers(
+        run.recipe, run.skeleton, run.pool.float_names, {}, FisherStore(tmp_path / "fisher"), run.device
+    )
     each = [collector.of(run.pool.base, [task]) for task in run.tasks]
     pooled = run.collect_base_fisher()
     assert_close(dict(pooled), {n: sum(f[n] for f in each) / len(each) for n in pooled})
