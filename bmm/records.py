@@ -17,7 +17,9 @@ RENAMED = {"objective": "score_by"}
 
 
 def with_new_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a study on disk, under the keys' names of today."""
+    """The recipe of a study on disk, under the keys' names of today. Raises `TypeError` where it is no mapping."""
+    if not isinstance(recipe, Mapping):
+        raise TypeError(f"a recipe is a mapping, not {type(recipe).__name__}")
     return {RENAMED.get(key, key): value for key, value in recipe.items()}
 
 

@@ -136,7 +136,7 @@ class StudyDatabase:
             rows = self._connection.execute("SELECT key, value FROM meta").fetchall()
         with _readable_rows(self.path):
             found = {key: json.loads(value) for key, value in rows}
-        return found | {key: with_new_names(found[key]) for key in ("recipe", "search") if key in found}
+            return found | {key: with_new_names(found[key]) for key in ("recipe", "search") if key in found}
 
     def set_meta(self, key: str, value: Any) -> None:
         """Records or replaces one JSON value."""
