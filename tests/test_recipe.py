@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+import bmm
 from bmm.errors import BmmError, RecipeError
 from bmm.functions import load_function
 from bmm.recipe import Recipe
@@ -114,3 +115,15 @@ def test_early_stopping_goes_with_the_mean_alone(goal):
 def test_a_floor_is_nothing_else(given):
     with pytest.raises(RecipeError, match="expected"):
         Recipe.from_dict({"floor": given})
+
+
+def test_make_recipe_takes_a_file_a_mapping_a_recipe_or_nothing_and_keywords_win(tmp_path):
+    (tmp_path / "r.yaml").write_text("anchor: ties\nbudget: 9\n")
+    forms = (tmp_path / "r.yaml", str(tmp_path / "r.yaml"), {"anchor": "ties", "budget": 9})
+    made = [bmm.make_recipe(form, budget=12) for form in forms]
+    assert made == [Recipe.from_dict({"anchor": "ties", "budget": 12})] * 3
+    assert bmm.make_recipe(made[0], seed=3) == Recipe.from_dict({"anchor": "ties", "budget": 12, "seed": 3})
+    assert bmm.make_recipe() == Recipe()
+    assert bmm.make_recipe(experts=["m/cars", "m/dogs.safetensors"]).experts == {
+        "cars": "m/cars", "dogs": "m/dogs.safetensors"
+    }  # fmt: skip
