@@ -278,6 +278,10 @@ class Recipe:
                 )
 
 
+class _Unfit(TypeError):
+    """Says what was expected."""
+
+
 def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str) -> Any:
     """Bring a YAML value to a key's type, or say what the type is."""
     kind = str(kind)
@@ -286,7 +290,7 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             if "bare" in meta and isinstance(value, int | float) and not isinstance(value, bool):
                 value = {meta["bare"]: value}
             if not isinstance(value, Mapping):
-                raise TypeError("a mapping")
+                raise _Unfit("a mapping")
             converters: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "number": lambda v: v}
             convert = converters[meta["mapping"]]
             return {str(k): convert(v) for k, v in value.items()}
@@ -297,10 +301,10 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             if "separator" in meta:  # repeated elements are for the recipe's own check
                 texts = [value] if isinstance(value, str) else value
                 if not isinstance(texts, list | tuple):
-                    raise TypeError("a list")
+                    raise _Unfit("a list")
                 return tuple(part for text in texts for part in str(text).split(meta["separator"]))
             if isinstance(value, str):
-                raise TypeError("a list")
+                raise _Unfit("a list")
             values = tuple(str(v) for v in value)
             for name in values:
                 if name not in meta.get("choices", values):
@@ -308,17 +312,18 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             return tuple(dict.fromkeys(values))
         if kind == "int":
             if isinstance(value, bool) or int(value) != value:
-                raise TypeError("a whole number")
+                raise _Unfit("a whole number")
             value = int(value)
         elif kind == "float":
             value = float(value)
         elif kind == "bool":
             if not isinstance(value, bool):
-                raise TypeError("true or false")
+                raise _Unfit("true or false")
         elif not isinstance(value, str):
-            raise TypeError("text")
+            raise _Unfit("text")
     except (TypeError, ValueError) as error:
-        what = "two numbers, low and high" if meta.get("pair") else str(error)
+        what = str(error) if isinstance(error, _Unfit) else "a number"
+        what = "two numbers, low and high" if meta.get("pair") else what
         raise RecipeError(f"{where}: {key} = {value!r} does not fit: {what} expected", meta["help"]) from error
     if "choices" in meta and value not in meta["choices"]:
         raise RecipeError(f"{where}: no {key} {value!r}", did_you_mean(value, meta["choices"]))

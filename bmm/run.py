@@ -79,7 +79,10 @@ class Run:
         if tasks is None and recipe.tasks:
             tasks = find_tasks(recipe.tasks, base)
         if tasks is None and need_tasks:
-            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.yaml or FILE.py:FUNCTION")
+            raise RecipeError(
+                "no tasks to score the merge on or to calibrate it with",
+                "give tasks: FILE.yaml or FILE.py:FUNCTION",
+            )
         self.tasks: list[Task] = []  # without the held-out validation inputs
         self.held: list[Task] = []  # the same tasks with the held-out ones alone
         if tasks is not None:

@@ -12,6 +12,7 @@ import yaml
 from bmm.errors import RecipeError
 from bmm.recipe import Recipe
 from bmm.records import RENAMED
+from bmm.yaml_file import by_name
 
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip", "vocabulary", "heads")
 RUNTIME = ("device", "autocast", "max_memory", "cache")
@@ -108,7 +109,8 @@ def collected(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in metadata or value is None or value == ():
             continue
         if metadata[name].get("mapping"):
-            out[name] = dict(_pair(name, item, metadata[name].get("bare")) for item in value)
+            pairs = (_pair(name, item, metadata[name].get("bare")) for item in value)
+            out[name] = by_name(f"--{name.replace('_', '-')}", pairs)
         else:
             out[name] = list(value) if metadata[name].get("many") else value
     return out

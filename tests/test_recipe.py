@@ -52,6 +52,25 @@ def test_files_that_are_no_recipe(tmp_path, text):
         Recipe.load(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["experts: {a: x, a: y}", "budget: 3\nanchor: ties\nbudget: 4", "knobs:\n  d: 1\n  d: 2"]
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"is there twice .*line"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    (tmp_path / "r.yaml").write_text("weights: &w {a: 1, b: 2}\nfloor: {<<: *w, b: 0.5}\n")
+    assert Recipe.load(tmp_path / "r.yaml").floor == {"a": 1.0, "b": 0.5}
+
+
+def test_experts_of_one_name_are_not_one_expert():
+    with pytest.raises(RecipeError, match=r"expert 'model' is given twice, a/model and b/model"):
+        bmm.make_recipe(experts=["a/model", "b/model"])
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="cannot read recipe"):
         Recipe.load(tmp_path / "none.yaml")
