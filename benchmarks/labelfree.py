@@ -1,10 +1,10 @@
-"""Tuning without labels against tuning with them: agreement with the experts, or accuracy, as the objective.
+"""Tuning without labels against tuning with them: validation scores by agreement with the experts, or by labels.
 
     python benchmarks/labelfree.py                   vit8, TSV anchor, hybrid Grams, 50 trials, three seeds each
     python benchmarks/labelfree.py --zoo vit20
     python benchmarks/labelfree.py --print           the table of the cells that are there
 
-Both search on the same validation images; the objective "agreement" is given them without their labels. Test data are
+Both search on the same validation images; "agreement" is given them without their labels. Test data are
 scored once a finished study. Cells are files in --work, as in zoo.py, whose cells of labelled studies serve here too.
 Errors are binomial standard errors of the mean over tasks, "sd" the standard deviation over seeds; "seeds better"
 counts the seeds whose test accuracy is above the anchor's.
@@ -16,8 +16,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
-from zoo import Bench, cells, mean, options, publish, scores
+from zoo import Bench, begun, cells, mean, options, publish, scores
 
 from bmm.report import markdown, mean_and_error, percent
 
@@ -29,11 +28,9 @@ def blindfolded(bench: Bench) -> Bench:
     return other
 
 
-def table(bench: Bench) -> list[list[str]]:
-    """Base, anchor, both objectives, experts: seeds, test accuracy, share of the gap closed."""
-    args, ends, plain = bench.args, bench.ends(), bench.plain(bench.args.anchor)
-    if ends is None or plain is None:
-        raise SystemExit("no cells yet; run without --print")
+def table(bench: Bench, ends: dict[str, Any], plain: dict[str, Any]) -> list[list[str]]:
+    """Base, anchor, both kinds of scores, experts: seeds, test accuracy, share of the gap closed."""
+    args = bench.args
     anchor, experts = scores(plain["test"]), scores(ends["experts"])
     keys: dict[str, Any] = {"anchor": args.anchor, "grams": args.grams, "groups": "depth", "calibration": 64}
     label = f"{args.anchor}-{args.grams}"
@@ -41,7 +38,7 @@ def table(bench: Bench) -> list[list[str]]:
     lines.append([args.anchor, "", percent(*mean_and_error(anchor)), "", ""])
     studies = {
         "labels": (bench, label, {}),
-        "agreement": (blindfolded(bench), f"{label}-agreement", {"objective": "agreement"}),
+        "agreement": (blindfolded(bench), f"{label}-agreement", {"score_by": "agreement"}),
     }
     for name, (seen, cell, extra) in studies.items():
         found = [f for seed in range(args.seeds) if (f := seen.tuned(cell, seed, **keys, **extra))]
@@ -54,15 +51,13 @@ def table(bench: Bench) -> list[list[str]]:
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--anchor", default="tsv")
     parser.add_argument("--grams", default="hybrid", choices=("data", "datafree", "hybrid"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    header = ["objective", "seeds", "test accuracy (%)", "gap closed", "seeds better"]
+    bench, ends, plain = begun(parser)
+    args = bench.args
+    header = ["scored by", "seeds", "test accuracy (%)", "gap closed", "seeds better"]
     text = (
         f"{args.zoo}, {len(bench.run.tasks)} tasks, {args.budget} trials, anchor {args.anchor}, {args.grams} Grams, "
-        f"autocast {args.autocast}\n\n" + markdown(header, table(bench))
+        f"autocast {args.autocast}\n\n" + markdown(header, table(bench, ends, plain))
     )
     publish(args, f"labelfree {args.zoo}", text)
 

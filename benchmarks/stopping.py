@@ -13,8 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import torch
-from zoo import Bench, cells, options, publish, scores
+from zoo import Bench, begun, cells, options, publish, scores
 
 from bmm.report import markdown
 from bmm.tuning import load_result
@@ -40,14 +39,8 @@ def cost(bench: Bench, label: str, seed: int) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--anchor", default="tsv")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    ends, plain = bench.ends(), bench.plain(args.anchor)
-    if ends is None or plain is None:
-        raise SystemExit("no cells yet; run without --print")
+    bench, ends, plain = begun(options(__doc__.splitlines()[0]))
+    args = bench.args
     keys: dict[str, Any] = {"anchor": args.anchor, "grams": "hybrid", "groups": "depth", "calibration": 64}
     lines = []
     for risk in RISKS:

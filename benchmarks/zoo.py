@@ -197,6 +197,19 @@ def options(description: str, zoo_name: str = "vit8") -> argparse.ArgumentParser
     return parser
 
 
+def begun(parser: argparse.ArgumentParser) -> tuple[Bench, dict[str, Any], dict[str, Any]]:
+    """The bench of the command line, which gets a flag for the anchor, and the cells of base and experts and of the
+    plain anchor; stops where there are none to print."""
+    parser.add_argument("--anchor", default="tsv")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    ends, plain = bench.ends(), bench.plain(args.anchor)
+    if ends is None or plain is None:
+        raise SystemExit("no cells yet; run without --print")
+    return bench, ends, plain
+
+
 def publish(args: argparse.Namespace, name: str, text: str) -> None:
     """Print a result; with --into FILE put it there, between the lines ``<!-- name -->`` and ``<!-- end name -->``."""
     print(f"\n{text}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         collect_grams,
         evaluate,
         load_study,
+        make_recipe,
         merge,
         merge_mergekit,
         reconstruct,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "align": "api", "analyse": "api", "average": "api", "calibrate": "api", "collect_grams": "api",
-    "evaluate": "api", "load_study": "api", "merge": "api", "merge_mergekit": "api",
+    "evaluate": "api", "load_study": "api", "make_recipe": "api", "merge": "api", "merge_mergekit": "api",
     "pareto_figure": "report", "reconstruct": "api", "save": "api", "tune": "api",
     "Task": "evaluation", "Recipe": "recipe", "BmmError": "errors",
     "Hyperparameters": "records", "Score": "records", "StudyResult": "records", "Trial": "records",
@@ -44,7 +45,8 @@ _MODULES = {"analysis", "anchors", "grams", "rebasin", "solver", "tasks"}
 __all__ = [
     "BmmError", "Hyperparameters", "Recipe", "Score", "StudyResult", "Task", "Trial", "__version__", "align",
     "analyse", "analysis", "anchors", "average", "calibrate", "collect_grams", "evaluate", "grams", "load_study",
-    "merge", "merge_mergekit", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tasks", "tune",
+    "make_recipe", "merge", "merge_mergekit", "pareto_figure", "rebasin", "reconstruct", "save", "solver", "tasks",
+    "tune",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool
+from .checkpoint.atomic import destination
 from .errors import RecipeError, StudyError, did_you_mean
 from .evaluation import Task
 from .grams import TaskGrams
@@ -34,16 +35,18 @@ from .saving import merged_trial, save
 from .search.database import StudyDatabase
 from .search.goal import Goal
 from .search.space import Space
+from .solver import check_scalars
 from .statistics import anchor_needs
 from .trajectory import average
 from .tuning import RESUMABLE, OnTrial, load_result, study_file, tune_recipe
 from .writing import streamed_merge, write_stream
+from .yaml_file import by_name
 
 
 def make_recipe(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **keys: Any) -> Recipe:
     """A checked recipe from a `Recipe`, a mapping, a YAML file's path, or nothing, with ``keys`` on top."""
     if isinstance(keys.get("experts"), list | tuple):
-        keys["experts"] = {Path(p).stem: str(p) for p in keys["experts"]}
+        keys["experts"] = by_name("expert", ((Path(p).stem, str(p)) for p in keys["experts"]))
     if isinstance(recipe, str | Path):
         return Recipe.load(recipe, **keys)
     given = recipe.to_dict() if isinstance(recipe, Recipe) else dict(recipe or {})
@@ -139,6 +142,10 @@ def merge(
         return run.pool.with_ties(tensors)
     chosen = make_recipe(recipe, **keys, **targets(tasks, model)).relative_to(Path.cwd())
     plain = lam is None
+    if out is not None:
+        destination(out, overwrite)  # says so now where it is taken
+    for value in lam.values() if isinstance(lam, Mapping) else [] if lam is None else [lam]:
+        check_scalars("merge", value, 1.0, 1.0)
     if masks and out is not None:
         return merge_masked(chosen, Path(out), overwrite, progress)
     if chosen.adapter_rank and out is None:

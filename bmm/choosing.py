@@ -52,7 +52,7 @@ class HeldOut:
         self.run, self.prepared, self.database = run, prepared, database
         self.kept = database.held_out()
         tasks = {task.name: task for task in run.held}
-        if run.recipe.objective == "agreement":
+        if run.recipe.score_by == "agreement":
             tasks = judged_by_experts(run.held, run.pool.experts, run.outputs)
         self.tasks, self.done = tasks, 0
 

@@ -22,6 +22,10 @@ class CheckpointError(BmmError):
     """A checkpoint cannot be read, is damaged, or does not agree with the others."""
 
 
+class VocabularyError(CheckpointError):
+    """The tokens of two checkpoints are not the same, or not in the same rows."""
+
+
 class WriteError(BmmError):
     """A result cannot be written."""
 

@@ -128,7 +128,7 @@ def _open(
     result = load_result(path.parent)
     if "result" not in result.paths:
         raise StudyError(f"the study in {path.parent} is not finished", f"`bmm tune --resume {path.parent}` goes on")
-    again = keys | targets(tasks, model) | {"objective": "labels", "out": str(path.parent)}
+    again = keys | targets(tasks, model) | {"score_by": "labels", "out": str(path.parent)}
     run = open_run(Recipe.from_dict(result.recipe | again), tasks, model, progress)
     with StudyDatabase.open(path, readonly=True) as database:
         require_same_inputs(database, run.pool.fingerprint())

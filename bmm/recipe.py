@@ -17,6 +17,7 @@ from .checkpoint.vocabulary import VOCABULARIES
 from .errors import RecipeError, did_you_mean
 from .evaluation.holdout import HIGHEST_SHARE
 from .groups import AUTO, REFINABLE, SCHEMES
+from .records import RENAMED
 from .search.choice import METHODS
 from .search.engine import ENGINES
 from .search.goal import EVERY, KINDS, check_floors, check_stopping, parse_objectives
@@ -32,7 +33,7 @@ NORMS = ("anchor", "regression")
 BIAS = ("joined", "anchor")
 SEARCH = ("gamma", "weights", "anchor_scale")
 TASK_FILES = (".yaml", ".yml", ".json")
-OBJECTIVES = ("labels", "agreement")
+SCORES = ("labels", "agreement")
 EXECUTORS = ("local", "ray")
 
 
@@ -106,11 +107,11 @@ class Recipe:
         many=True,
         choices=SEARCH,
     )
-    objective: str = _key(
+    score_by: str = _key(
         "labels",
-        "What the search maximises on validation data: the tasks' scores against labels, or, without labels, agreement "
-        "with each expert's class probabilities.",
-        choices=OBJECTIVES,
+        "What a validation score is: the task's score against its labels, or, without labels, agreement with the "
+        "expert's class probabilities.",
+        choices=SCORES,
     )
     goal: str = _key(
         "mean",
@@ -198,7 +199,9 @@ class Recipe:
         known = {f.name: f for f in fields(cls)}
         for key in raw:
             if key not in known:
-                raise RecipeError(f"{where}: unknown key {key!r}", did_you_mean(str(key), known))
+                new = RENAMED.get(str(key))
+                hint = f"its name is {new} now" if new else did_you_mean(str(key), known)
+                raise RecipeError(f"{where}: unknown key {key!r}", hint)
         values = {key: _coerce(key, value, known[key].metadata, known[key].type, where) for key, value in raw.items()}
         return cls(**values).checked(where)
 
@@ -275,6 +278,10 @@ class Recipe:
                 )
 
 
+class _Unfit(TypeError):
+    """Says what was expected."""
+
+
 def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str) -> Any:
     """Bring a YAML value to a key's type, or say what the type is."""
     kind = str(kind)
@@ -283,7 +290,7 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             if "bare" in meta and isinstance(value, int | float) and not isinstance(value, bool):
                 value = {meta["bare"]: value}
             if not isinstance(value, Mapping):
-                raise TypeError("a mapping")
+                raise _Unfit("a mapping")
             converters: dict[str, Callable[[Any], Any]] = {"str": str, "float": float, "number": lambda v: v}
             convert = converters[meta["mapping"]]
             return {str(k): convert(v) for k, v in value.items()}
@@ -294,10 +301,10 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             if "separator" in meta:  # repeated elements are for the recipe's own check
                 texts = [value] if isinstance(value, str) else value
                 if not isinstance(texts, list | tuple):
-                    raise TypeError("a list")
+                    raise _Unfit("a list")
                 return tuple(part for text in texts for part in str(text).split(meta["separator"]))
             if isinstance(value, str):
-                raise TypeError("a list")
+                raise _Unfit("a list")
             values = tuple(str(v) for v in value)
             for name in values:
                 if name not in meta.get("choices", values):
@@ -305,17 +312,18 @@ def _coerce(key: str, value: Any, meta: Mapping[str, Any], kind: Any, where: str
             return tuple(dict.fromkeys(values))
         if kind == "int":
             if isinstance(value, bool) or int(value) != value:
-                raise TypeError("a whole number")
+                raise _Unfit("a whole number")
             value = int(value)
         elif kind == "float":
             value = float(value)
         elif kind == "bool":
             if not isinstance(value, bool):
-                raise TypeError("true or false")
+                raise _Unfit("true or false")
         elif not isinstance(value, str):
-            raise TypeError("text")
+            raise _Unfit("text")
     except (TypeError, ValueError) as error:
-        what = "two numbers, low and high" if meta.get("pair") else str(error)
+        what = str(error) if isinstance(error, _Unfit) else "a number"
+        what = "two numbers, low and high" if meta.get("pair") else what
         raise RecipeError(f"{where}: {key} = {value!r} does not fit: {what} expected", meta["help"]) from error
     if "choices" in meta and value not in meta["choices"]:
         raise RecipeError(f"{where}: no {key} {value!r}", did_you_mean(value, meta["choices"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,15 @@ from .errors import StudyError
 
 TrialStatus = Literal["pending", "completed", "stopped", "failed"]
 TrialKind = Literal["anchor", "default", "search"]
+RENAMED = {"objective": "score_by"}
+"""Recipe keys by the names they had before: refused where a person writes one, read where a study holds one."""
+
+
+def with_new_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a study on disk, under the keys' names of today. Raises `TypeError` where it is no mapping."""
+    if not isinstance(recipe, Mapping):
+        raise TypeError(f"a recipe is a mapping, not {type(recipe).__name__}")
+    return {RENAMED.get(key, key): value for key, value in recipe.items()}
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ class StudyResult:
             validation={k: [Score(**s) for s in v] for k, v in raw["validation"].items()},
             test={k: [Score(**s) for s in v] for k, v in raw["test"].items()},
             paths=raw["paths"],
-            recipe=raw["recipe"],
+            recipe=with_new_names(raw["recipe"]),
             seconds=raw.get("seconds", {}),
             goal=raw.get("goal", {}),
             objectives={int(n): v for n, v in raw.get("objectives", {}).items()},

@@ -17,6 +17,7 @@ from .checkpoint import ModelPool
 from .errors import RecipeError, WriteError
 from .evaluation import Task, check_skeleton, check_tasks, judged_by_experts, score_tasks, split_validation
 from .evaluation.outputs import SteadyBatches, task_outputs
+from .fisher import FisherStore
 from .grams import GramStore, TaskGrams
 from .layouts import transposed_weights
 from .loading import ModelBuilder, build_model, find_device, find_tasks, fit_vocabulary, open_pool, with_groups
@@ -78,13 +79,16 @@ class Run:
         if tasks is None and recipe.tasks:
             tasks = find_tasks(recipe.tasks, base)
         if tasks is None and need_tasks:
-            raise RecipeError("no tasks to score the merged model on", "give tasks: FILE.yaml or FILE.py:FUNCTION")
+            raise RecipeError(
+                "no tasks to score the merge on or to calibrate it with",
+                "give tasks: FILE.yaml or FILE.py:FUNCTION",
+            )
         self.tasks: list[Task] = []  # without the held-out validation inputs
         self.held: list[Task] = []  # the same tasks with the held-out ones alone
         if tasks is not None:
-            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.objective == "labels")}
+            by_name = {t.name: t for t in check_tasks(tasks, self.experts, labels=recipe.score_by == "labels")}
             self.tasks, self.held = split_validation([by_name[n] for n in self.experts], recipe.holdout, recipe.seed)
-        agree = recipe.objective == "agreement"
+        agree = recipe.score_by == "agreement"
         self.judged = judged_by_experts(self.tasks, self.pool.experts, self.outputs) if agree and self.tasks else {}
         self.unwritten: list[WriteError] = []  # Grams that could not be cached
         self._own_scores: dict[str, list[Score]] = {}
@@ -155,8 +159,8 @@ class Run:
         return self._fishers([(self.tasks, self.pool.base)], "base fisher")[0]
 
     def _fishers(self, wanted: Sequence[tuple[Sequence[Task], Tensors]], stage: str) -> list[Tensors]:
-        skeleton, folder = self.skeleton, cache_folder(self.recipe)
-        collector = Fishers(self.recipe, skeleton, self.pool.float_names, self._in_model, folder, self.device)
+        skeleton, store = self.skeleton, FisherStore(cache_folder(self.recipe) / "fisher")
+        collector = Fishers(self.recipe, skeleton, self.pool.float_names, self._in_model, store, self.device)
         found = []
         for done, (tasks, model) in enumerate(wanted):
             self.progress(stage, done, len(wanted), tasks[0].name if len(tasks) == 1 else "")
@@ -308,7 +312,7 @@ class Run:
     # -- scores --------------------------------------------------------------------------------------------------
 
     def score(self, tensors: Tensors, split: Any = "validation", tasks: Sequence[Task] | None = None) -> list[Score]:
-        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``objective``
+        """Scores of one model on every task (or the given ones): on validation data what the recipe's ``score_by``
         says, else the tasks' own."""
         asked = self.tasks if tasks is None else tasks
         judged = [self.judged.get(t.name, t) for t in asked] if split == "validation" else asked

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.atomic import destination
 from .errors import RecipeError
 from .evaluation import Task
 from .loading import ModelBuilder
@@ -49,6 +50,7 @@ def save(
         RecipeError: no such trial, one that is not completed, or a key that would change the merge.
         StudyError: no study there, or its checkpoints have changed; further errors as `bmm.merge`.
     """
+    destination(out, overwrite)
     run, tensors, found = merged_trial(study, trial, tasks=tasks, model=model, progress=progress, **keys)
     command = f"bmm save {study_file(study).parent} --trial {found.best.number} --out {Path(out).name}"
     return write_model(run, tensors, Path(out), study_card(found, run.recipe.to_yaml(), command), overwrite=overwrite)

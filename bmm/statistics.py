@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .grams.store import flat, source_of
 from .notation import Tensors
 from .recipe import Recipe
 
+Store = TypeVar("Store", GramStore, FisherStore)
 FISHER_VERSION = 1
 """Raise whenever the way Fishers are computed changes: older caches are then rebuilt."""
 
@@ -39,30 +41,47 @@ def anchor_needs(anchor: str) -> frozenset[str]:
     return frozenset() if anchor.startswith("path:") else anchors.get(anchor).needs
 
 
-class GramCollector:
-    """Collects activation Grams of models given as tensors by checkpoint name; arguments as `Fishers`, and the cache.
+@dataclass
+class _Collector(Generic[Store]):
+    """Collects a statistic of models given as tensors by checkpoint name.
+
+    Args:
+        recipe: which inputs and labels, batch size and seed are read from it.
+        skeleton: the model the tensors are swapped into.
+        parameters: checkpoint names of the floating tensors.
+        in_model: checkpoint name -> name in the model, where they differ.
+        store: the cache.
+        device: where the model runs.
+    """
+
+    recipe: Recipe
+    skeleton: nn.Module
+    parameters: Sequence[str]
+    in_model: Mapping[str, str]
+    store: Store
+    device: torch.device
+
+    def in_place(self, model: Tensors) -> contextlib.AbstractContextManager[nn.Module]:
+        """The skeleton with the model's tensors in it."""
+        tensors = {self.in_model.get(name, name): model[name] for name in model}
+        return swapped(self.skeleton, tensors, self.device)
+
+
+@dataclass
+class GramCollector(_Collector[GramStore]):
+    """Collects activation Grams.
 
     Where the recipe bounds the memory and a model's Grams take more than a third of it, the calibration inputs run
     through the model several times, each time for as many modules as fit; each such part is cached by itself.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        skeleton: nn.Module,
-        parameters: Sequence[str],
-        in_model: Mapping[str, str],
-        store: GramStore,
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
-        self.stored = {own: name for name, own in in_model.items()}
-        self.norms = recipe.norms == "regression"
-        self.names = own_names(skeleton, parameters, in_model)
-        sizes = gram_bytes(skeleton, self.names)
+    def __post_init__(self) -> None:
+        self.stored = {own: name for name, own in self.in_model.items()}
+        self.norms = self.recipe.norms == "regression"
+        self.names = own_names(self.skeleton, self.parameters, self.in_model)
+        sizes = gram_bytes(self.skeleton, self.names)
         rest = self.names - sizes.keys()  # biases join their weights, wherever those are
-        self.parts = [part | rest for part in in_parts(sizes, recipe.max_memory * 2**30 / 3)]
-        self.store = store
+        self.parts = [part | rest for part in in_parts(sizes, self.recipe.max_memory * 2**30 / 3)]
 
     def of(self, model: Tensors, task: Task) -> TaskGrams:
         """The Grams of one expert on its task's calibration inputs; they read from disk where the cache took them."""
@@ -82,8 +101,7 @@ class GramCollector:
         known = self.store.load(key)
         if known is not None:
             return known
-        tensors = {self.in_model.get(name, name): model[name] for name in model}
-        with swapped(self.skeleton, tensors, self.device), torch.inference_mode():
+        with self.in_place(model), torch.inference_mode():
             inputs = (to_device(b, self.device) for b in batches)
             found = collect_grams(self.skeleton, task.forward, inputs, names=names, norms=self.norms)
         found = found.renamed(self.stored)
@@ -91,34 +109,18 @@ class GramCollector:
         return self.store.load(key) or found
 
 
-class Fishers:
-    """Collects Fishers of models given as tensors by checkpoint name.
-
-    Args:
-        recipe: kind of labels, number of calibration inputs, batch size and seed are read from it.
-        skeleton: the model the tensors are swapped into.
-        parameters: checkpoint names of the floating tensors.
-        in_model: checkpoint name -> name in the model, where they differ.
-        folder: of the cache.
+@dataclass
+class Fishers(_Collector[FisherStore]):
+    """Collects Fishers.
 
     ``sampled`` labels are drawn from the model by a generator keyed by seed, weights, inputs and code: they depend
     neither on the order of the tasks nor on the batch size of the computation.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        skeleton: nn.Module,
-        parameters: Sequence[str],
-        in_model: Mapping[str, str],
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.skeleton, self.in_model, self.device = recipe, skeleton, in_model, device
-        own = dict(skeleton.named_parameters(remove_duplicate=False))  # running statistics have no gradient
-        self.names = {n: in_model.get(n, n) for n in parameters if in_model.get(n, n) in own}
-        self.kind = "true" if recipe.fisher == "true" else "sampled"
-        self.store = FisherStore(folder / "fisher")
+    def __post_init__(self) -> None:
+        own = dict(self.skeleton.named_parameters(remove_duplicate=False))  # running statistics have no gradient
+        self.names = {n: name for n in self.parameters if (name := self.in_model.get(n, n)) in own}
+        self.kind = "true" if self.recipe.fisher == "true" else "sampled"
 
     def of(self, model: Tensors, tasks: Sequence[Task]) -> Tensors:
         """The Fisher of one model over the calibration inputs of ``tasks``, pooled; a mapping that reads from disk.
@@ -134,9 +136,8 @@ class Fishers:
         found = self.store.load(key)
         if found is not None:
             return found
-        tensors = {self.in_model.get(name, name): model[name] for name in model}
         sources = [self._source(task, digest) for task, digest in zip(tasks, keys, strict=True)]
-        with swapped(self.skeleton, tensors, self.device):
+        with self.in_place(model):
             collected = collect(self.skeleton, sources, names=set(self.names.values()))
         stored = {name: collected[own] for name, own in self.names.items()}
         self.store.keep(key, stored)  # read back from there, it takes no memory

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .checkpoint.atomic import writing
+from .checkpoint.atomic import require_place, writing
 from .choosing import choose_trial
 from .errors import StudyError, WriteError
 from .evaluation import Task
@@ -81,6 +81,7 @@ def tune_recipe(
         raise StudyError(
             f"{out} already holds a study", f"continue it with `bmm tune --resume {out}`, or choose another --out"
         )
+    require_place(out)
     seconds: dict[str, float] = {}
     with stopwatch(seconds, "open"):
         run = Run(recipe, tasks=tasks, model=model, progress=progress)
@@ -117,7 +118,7 @@ def tune_recipe(
                 engine=recipe.engine,
                 early_stopping=recipe.early_stopping,
                 weights=dict(zip(run.experts, run.weights, strict=True)) if recipe.weights else None,
-                objective_name=recipe.objective,
+                score_by=recipe.score_by,
                 goal=recipe.goal,
                 floor=recipe.floor,
                 objectives=recipe.objectives,

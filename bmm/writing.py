@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapting import write_low_rank
-from .checkpoint import Checkpoint, write_checkpoint
+from .checkpoint import Checkpoint, ModelPool, write_checkpoint
 from .checkpoint.heads import write_with_heads
-from .errors import MergeError
+from .errors import CheckpointError, MergeError
 from .notation import StateDict
+from .progress import Progress
 from .recipe import storage_dtype
 from .records import Hyperparameters
 from .run import Run
@@ -27,6 +29,8 @@ ELSEWHERE = ("out", "cache", "device", "max_memory", "budget", "workers", "execu
 
 
 Anchor = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+Resumed = Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]]
+"""Merged tensors, but for the names it is called with: what an earlier write has finished."""
 
 
 def streamed_merge(run: Run) -> tuple[StreamedMerge, Anchor]:
@@ -64,60 +68,99 @@ def write_stream(
     finished shards are taken over. Progress is "merge", in bytes of the merged model.
     Raises `WriteError`, and whatever the merge raises.
     """
-    sizes = {name: run.pool.info(name).nbytes for name in run.pool.names}
+    recipe = {k: v for k, v in run.recipe.to_dict().items() if k not in ELSEWHERE}
+    key = merge_key(run.pool, recipe, point.to_json() if point else None)
+    return _write(run, counted(run.pool, tensors, run.progress), folder, card, overwrite, owned=True, key=key)
 
-    def counted(done: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+
+def counted(
+    pool: ModelPool, tensors: Callable[[Collection[str]], Iterable[tuple[str, Tensor]]], progress: Progress
+) -> Resumed:
+    """``tensors`` (as in `write_stream`) with progress in bytes; where the merge finds NaN or Inf, the error names the
+    checkpoint that holds them."""
+    sizes = {name: pool.info(name).nbytes for name in pool.names}
+
+    def pairs(done: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
         if done:
-            run.progress("notice", 1, 1, f"{len(done)} of {len(sizes)} tensors are there from an earlier start")
+            progress("notice", 1, 1, f"{len(done)} of {len(sizes)} tensors are there from an earlier start")
         position = sum(sizes.get(name, 0) for name in done)
         try:
             for name, tensor in tensors(done):
                 yield name, tensor
                 position += sizes[name]
-                run.progress("merge", position, sum(sizes.values()), name)
-        except MergeError:
-            run.pool.check_finite()  # NaN and Inf are found while merging: say which checkpoint holds them
+                progress("merge", position, sum(sizes.values()), name)
+        except MergeError as error:
+            try:
+                pool.check_finite()
+            except CheckpointError as found:
+                raise found from error
             raise
 
-    return _write(run, counted, folder, card, overwrite, owned=True, key=_key(run, point))
+    return pairs
 
 
 def _write(
     run: Run, tensors: Any, folder: Path, card: str, overwrite: bool, owned: bool, key: int | None = None
 ) -> Path:
     """A checkpoint, or the adapter that the recipe's ``adapter_rank`` asks for; experts' heads where they are kept."""
-    recipe, base = run.recipe, run.pool.base
-    run.pool.refuse_expert(folder)
+    recipe = run.recipe
     texts = {"README.md": card, "bmm_recipe.yaml": recipe.to_yaml() or "{}\n"}
 
-    def write(place: Path, overwrite: bool, key: int | None) -> Path:
-        if recipe.adapter_rank:
-            pairs = tensors(frozenset()) if callable(tensors) else tensors
-            return write_low_rank(run, pairs, place, texts, overwrite=overwrite)
+    def adapter(place: Path, overwrite: bool) -> Path:
+        pairs = tensors(frozenset()) if callable(tensors) else tensors
+        return write_low_rank(run, pairs, place, texts, overwrite=overwrite)
+
+    return write_merge(
+        run.pool, tensors, folder, texts, dtypes=storage_dtype(recipe.dtype), shard_gib=recipe.shard_gib,
+        overwrite=overwrite, owned=owned, key=key, write=adapter if recipe.adapter_rank else None,
+    )  # fmt: skip
+
+
+def write_merge(
+    pool: ModelPool,
+    tensors: Resumed | Iterable[tuple[str, Tensor]],
+    folder: Path,
+    texts: Mapping[str, str],
+    *,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype | None,
+    shard_gib: float,
+    overwrite: bool,
+    owned: bool = True,
+    key: int | None = None,
+    write: Callable[[Path, bool], Path] | None = None,
+) -> Path:
+    """Write a merge of the pool as a checkpoint like the base's, or by ``write``, called with a folder and
+    ``overwrite``; the experts' heads beside it where the pool keeps them. Other arguments as of `write_checkpoint`."""
+    base = pool.base
+    pool.refuse_expert(folder)
+
+    def model(place: Path, overwrite: bool, key: int | None) -> Path:
+        if write is not None:
+            return write(place, overwrite)
         return write_checkpoint(
             place,
             tensors,
             like=base if isinstance(base, Checkpoint) else None,
-            dtypes=storage_dtype(recipe.dtype),
-            tied=run.pool.tied,
-            max_shard_bytes=int(recipe.shard_gib * 2**30),
+            dtypes=dtypes,
+            tied=pool.tied,
+            max_shard_bytes=int(shard_gib * 2**30),
             extra_files=texts,
             overwrite=overwrite,
             owned=owned,
             key=key,
         )
 
-    if not run.pool.heads:
-        return write(folder, overwrite, key)
+    if not pool.heads:
+        return model(folder, overwrite, key)
     inputs = (base.path,) if isinstance(base, Checkpoint) else ()
-    return write_with_heads(folder, run.pool.heads, overwrite, lambda place: write(place, False, None), inputs)
+    return write_with_heads(folder, pool.heads, overwrite, lambda place: model(place, False, None), inputs)
 
 
-def _key(run: Run, point: Hyperparameters | None) -> int | None:
-    """A number that stands for all that the merged tensors depend on; None where that is not known without reading."""
-    stamp = run.pool.stamp()
+def merge_key(pool: ModelPool, *what: Any) -> int | None:
+    """A number that stands for the pool and for ``what`` (of JSON) else the merged tensors depend on; None where the
+    pool is not known without reading."""
+    stamp = pool.stamp()
     if not stamp:
         return None
-    recipe = {k: v for k, v in run.recipe.to_dict().items() if k not in ELSEWHERE}
-    text = json.dumps([stamp, recipe, point.to_json() if point else None, version("bmm-tuner")], sort_keys=True)
+    text = json.dumps([stamp, *what, version("bmm-tuner")], sort_keys=True)
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)

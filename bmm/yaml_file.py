@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ MAX_BYTES = 1 << 20
 """Nobody writes a larger recipe; parsing takes a second for every hundred kilobytes."""
 
 MAX_DEPTH, MAX_ITEMS = 100, 100_000
+
+
+def by_name(what: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of ``what`` by name. Raises `RecipeError` for a name that is there twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RecipeError(
+                f"{what} {name!r} is given twice, {found[name]} and {value}", "each name once: NAME=VALUE"
+            )
+        found[name] = value
+    return found
 
 
 def read_text(path: str | Path) -> str:
@@ -41,7 +54,7 @@ def parse_mapping(text: str, where: str, hint: str) -> dict[Any, Any]:
     try:
         if max(accumulate((c in "[{") - (c in "]}") for c in text), default=0) > MAX_DEPTH:
             raise ValueError("nested too deeply")
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
         if _items(raw, {}) > MAX_ITEMS:
             raise ValueError("its aliases expand to too much")
     except (yaml.YAMLError, ValueError, OverflowError, AttributeError, TypeError, KeyError) as error:  # odd scalars too
@@ -51,6 +64,19 @@ def parse_mapping(text: str, where: str, hint: str) -> dict[Any, Any]:
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values", hint)
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, where others take the last: one of two experts would be gone."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _items(value: Any, known: dict[int, int]) -> int:

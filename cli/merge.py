@@ -79,8 +79,8 @@ def command(
 
 def _mergekit_keys(given: dict[str, Any]) -> dict[str, Any]:
     """The flags that go with a recipe of mergekit, as keywords of `bmm.merge_mergekit`."""
-    taken = {"experts": "models", "skip": "skip", "device": "device", "dtype": "dtype", "shard_gib": "shard_gib"}
+    taken = ("experts", "skip", "heads", "device", "dtype", "shard_gib")
     if others := [key for key in given if key not in taken]:
         flag = others[0].replace("_", "-")
         raise click.UsageError(f"--from-mergekit says what is merged and how; drop --{flag}")
-    return {taken[key]: value for key, value in given.items()}
+    return {"models" if key == "experts" else key: value for key, value in given.items()}

@@ -11,6 +11,8 @@ import yaml
 
 from bmm.errors import RecipeError
 from bmm.recipe import Recipe
+from bmm.records import RENAMED
+from bmm.yaml_file import by_name
 
 INPUT = ("zoo", "base", "experts", "model", "tasks", "skip", "vocabulary", "heads")
 RUNTIME = ("device", "autocast", "max_memory", "cache")
@@ -19,7 +21,7 @@ ANCHOR = ("anchor", "knobs", "fisher")
 BMM = ("grams", "gamma", "normalise", "bias", "weights", "groups", "bands", "group")
 OUTPUT = ("dtype", "shard_gib", "adapter_rank")
 SEARCH = (
-    "log10_lam", "rho", "search", "objective", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
+    "log10_lam", "rho", "search", "score_by", "goal", "floor", "objectives", "budget", "engine", "early_stopping",
     "refine", "choice", "holdout", "finalists", "workers", "executor", "seed", "out",
 )  # fmt: skip
 
@@ -58,6 +60,16 @@ def _option(key: Field[Any]) -> Callable[[Any], Any]:
     return click.option(*names, type=kinds.get(str(key.type), str), default=None, help=text)
 
 
+def _gone(old: str, new: str) -> Callable[[Any], Any]:
+    """The flag that a key had before it was renamed: hidden, and refused with the one it has now."""
+
+    def refuse(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(f"--{old} is --{new.replace('_', '-')} now", context)
+
+    return click.option(f"--{old}", hidden=True, expose_value=False, callback=refuse)
+
+
 def recipe_options(*names: str) -> Callable[[Any], Any]:
     """Add ``--recipe`` and a flag for each named recipe key."""
     recipe = click.option("--recipe", type=click.Path(dir_okay=False), help="YAML recipe; flags win over its keys.")
@@ -71,6 +83,8 @@ def key_options(*names: str) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         for name in reversed(names):
             function = _option(by_name[name])(function)
+        for old, new in RENAMED.items():
+            function = _gone(old, new)(function) if new in names else function
         return function
 
     return decorate
@@ -95,7 +109,8 @@ def collected(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in metadata or value is None or value == ():
             continue
         if metadata[name].get("mapping"):
-            out[name] = dict(_pair(name, item, metadata[name].get("bare")) for item in value)
+            pairs = (_pair(name, item, metadata[name].get("bare")) for item in value)
+            out[name] = by_name(f"--{name.replace('_', '-')}", pairs)
         else:
             out[name] = list(value) if metadata[name].get("many") else value
     return out

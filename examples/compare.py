@@ -18,7 +18,6 @@ import torch
 
 import bmm
 from benchmarks.zoo import fitting, publish, rows, scores
-from bmm.api import make_recipe
 from bmm.checkpoint import open_checkpoint
 from bmm.opening import open_run
 from bmm.progress import silent
@@ -47,7 +46,7 @@ class Comparison:
 
     def __init__(self, keys: dict[str, Any], args: argparse.Namespace, tasks: Sequence[bmm.Task] | None = None) -> None:
         self.keys, self.args = keys | {"calibration": args.calibration}, args
-        self.run = open_run(make_recipe(self.keys), tasks, None, silent)
+        self.run = open_run(bmm.make_recipe(self.keys), tasks, None, silent)
         self.blind = [replace(task, test=None) for task in self.run.tasks]
         self.grams: Any = None
         torch.set_num_threads(args.threads)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bmm
-from bmm.errors import CheckpointError, RecipeError, StudyError, WriteError
+from bmm.errors import CheckpointError, MergeError, RecipeError, StudyError, WriteError
 from tests.family import TASKS
 
 
@@ -73,6 +73,26 @@ def test_stopping_early_keeps_what_was_found(family, tmp_path):
     )  # fmt: skip
     assert len(result.trials) == 3
     assert (tmp_path / "s" / "model" / "model.safetensors").exists()
+
+
+def test_places_that_cannot_be_written_are_refused_before_any_work(study, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for module in ("bmm.tuning.Run", "bmm.opening.Run"):
+        monkeypatch.setattr(module, lambda *a, **k: pytest.fail("opened the models"))
+    keys = {k: v for k, v in study.recipe.items() if k != "out"}
+    for out in ("file", "file/x"):
+        with pytest.raises(WriteError, match=r"cannot be written \(.*file is a file\)"):
+            bmm.tune(keys, out=str(tmp_path / out))
+    for target in ({"lam": 1.0}, {}):
+        with pytest.raises(WriteError, match="not empty") as error:
+            bmm.merge(keys, out=tmp_path / "full", **target)
+        assert "--overwrite" in error.value.hint
+    with pytest.raises(WriteError, match="not empty"):
+        bmm.save(study.paths["study"], out=tmp_path / "full")
+    with pytest.raises(MergeError, match="lam is -1"):
+        bmm.merge(keys, lam={"g": -1.0})
 
 
 def test_occupied_folder_is_refused(study):

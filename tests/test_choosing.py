@@ -61,7 +61,7 @@ def test_a_race_that_was_interrupted_goes_on_where_it_was(family, tmp_path, monk
 
 
 def test_without_labels_and_in_stages_by_the_mean_of_the_model(family, tmp_path):
-    keys = KEYS | {"objective": "agreement", "refine": True, "choice": "model", "budget": 10}
+    keys = KEYS | {"score_by": "agreement", "refine": True, "choice": "model", "budget": 10}
     result = bmm.tune(family.recipe(), **keys, out=str(tmp_path / "run"))
     assert result.choice.method == "model"
     assert result.choice.used > 0

@@ -24,7 +24,7 @@ def test_family(name, tmp_path):
     kind = KINDS[name]
     keys, batch = save(name, tmp_path), kind.batch()
     tasks = [bmm.Task(t, validation=batch, calibration=batch, forward=last) for t in ("a", "b")]
-    keys |= {"objective": "agreement", "groups": "role", "anchor": "task_arithmetic"}
+    keys |= {"score_by": "agreement", "groups": "role", "anchor": "task_arithmetic"}
     run = Run(make_recipe(keys), tasks=tasks)
     grams = run.collect_grams()
     assert {roles_of(g.key_of)[n] for g in grams for n in g.key_of} >= kind.roles
@@ -141,10 +141,10 @@ def test_checkpoints_of_earlier_times(name, tmp_path):
         _rewrite(tmp_path / part, OLD[name])
     tasks = [bmm.Task(t, validation=batch, calibration=batch, forward=last) for t in ("a", "b")]
     keys |= {"anchor": "task_arithmetic", "grams": "data", "groups": "role"}
-    run = Run(make_recipe(keys | {"objective": "agreement"}), tasks=tasks)
-    folder = bmm.merge(keys, out=tmp_path / "out", lam=0.1, tasks=tasks, objective="agreement")
+    run = Run(make_recipe(keys | {"score_by": "agreement"}), tasks=tasks)
+    folder = bmm.merge(keys, out=tmp_path / "out", lam=0.1, tasks=tasks, score_by="agreement")
     loaded = quiet(lambda: getattr(transformers, kind.model).from_pretrained(folder).eval())
-    tensors = bmm.merge(keys, lam=0.1, tasks=tasks, objective="agreement")
+    tensors = bmm.merge(keys, lam=0.1, tasks=tasks, score_by="agreement")
     with torch.no_grad():
         functional = run.outputs(tensors, run.tasks[0], [(batch, None)])[0]
         torch.testing.assert_close(last(loaded, batch), functional, rtol=1e-4, atol=1e-5)

@@ -1,25 +1,15 @@
-"""A sample of benchmarks/fuzz.py: mutated files are opened or refused by every reader, and nothing else happens."""
+"""A sample of benchmarks/fuzz: mutated files are opened or refused by every reader, and nothing else happens."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 import bmm
-
-PATH = Path(bmm.__file__).parents[1] / "benchmarks" / "fuzz.py"
-
-
-@pytest.fixture(scope="module")
-def fuzz():
-    spec = importlib.util.spec_from_file_location("_fuzz", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_fuzz"] = module
-    spec.loader.exec_module(module)
-    return module
-
+from benchmarks.fuzz.attack import Watch, attack
+from benchmarks.fuzz.documents import RECIPE
+from benchmarks.fuzz.mutator import Mutator
+from benchmarks.fuzz.readers import READERS, Reader, adapted, adapter
 
 NAMES = [
     "safetensors header", "index of shards", "config.json", "torch archive", "recipe", "mergekit recipe", "task file",
@@ -28,38 +18,38 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mutations_are_opened_or_refused(name, fuzz, tmp_path, monkeypatch):
+def test_mutations_are_opened_or_refused(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    found = fuzz.attack(name, 60, 1, tmp_path)
+    found = attack(name, 60, 1, tmp_path)
     assert not found.crashed
     assert found.opened > 2
     assert found.refused > 10
     assert found.memory < 16 << 20
 
 
-def test_every_reader_is_sampled_but_the_one_that_builds_models(fuzz):
-    assert set(fuzz.READERS) == {*NAMES, "config.json, model built"}
+def test_every_reader_is_sampled_but_the_one_that_builds_models():
+    assert set(READERS) == {*NAMES, "config.json, model built"}
 
 
 @pytest.mark.slow
-def test_models_are_built_or_refused(fuzz, tmp_path):
-    found = fuzz.attack("config.json, model built", 100, 1, tmp_path)
+def test_models_are_built_or_refused(tmp_path):
+    found = attack("config.json, model built", 100, 1, tmp_path)
     assert not found.crashed
 
 
-def test_the_mutations_are_those_of_the_seed(fuzz):
-    draw = [[fuzz.Mutator(f"{seed} {n}").document(fuzz.RECIPE) for n in range(9)] for seed in (1, 1, 2)]
+def test_the_mutations_are_those_of_the_seed():
+    draw = [[Mutator(f"{seed} {n}").document(RECIPE) for n in range(9)] for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2]
 
 
-def test_a_crash_and_a_read_outside_would_be_counted(fuzz, tmp_path, monkeypatch):
+def test_a_crash_and_a_read_outside_would_be_counted(tmp_path, monkeypatch):
     def bad(folder):
         (folder.parent / "secret.txt").write_text("x")
         raise KeyError("x")
 
-    monkeypatch.setitem(fuzz.READERS, "bad", fuzz.Reader(lambda f: None, lambda f, m: None, bad))
-    watch = fuzz._Watch()
-    found = fuzz.attack("bad", 2, 0, tmp_path, watch)
+    monkeypatch.setitem(READERS, "bad", Reader(lambda f: None, lambda f, m: None, bad))
+    watch = Watch()
+    found = attack("bad", 2, 0, tmp_path, watch)
     watch.folder = None
     assert (found.opened, found.refused, sum(found.crashed.values())) == (0, 0, 2)
     assert found.outside == {str(tmp_path.resolve() / "secret.txt"): 2}
@@ -185,22 +175,22 @@ def test_a_pattern_with_groups_finds_the_layer_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["~nobody-of-that-name/x", "a" * 3000, "/\0", "\ud800"])
-def test_an_adapters_base_that_is_no_path_says_nothing(base, fuzz, tmp_path):
+def test_an_adapters_base_that_is_no_path_says_nothing(base, tmp_path):
     from bmm.checkpoint import open_checkpoint
     from bmm.checkpoint.adapters import open_adapter
 
     folder = tmp_path / "place"
     folder.mkdir()
-    fuzz._adapted(folder)
+    adapted(folder)
 
-    class Still(fuzz.Mutator):
+    class Still(Mutator):
         def randrange(self, *args):
             return 2
 
         def document(self, document):
             return json.dumps(document | {"base_model_name_or_path": base}).encode()
 
-    fuzz._adapter(folder, Still(0))
+    adapter(folder, Still(0))
     assert open_adapter(folder, open_checkpoint(folder / "base")).notices == ()
 
 

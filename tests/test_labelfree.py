@@ -1,18 +1,24 @@
-"""Tuning without labels: the objective "agreement" on the family, from end to end."""
+"""Tuning without labels: scored by agreement, on the family, from end to end."""
 
+import contextlib
+import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import bmm
 from bmm.errors import RecipeError, StudyError
 from bmm.functions import load_function
 from bmm.recipe import Recipe
+from bmm.report import text_report
 from bmm.run import Run
 from bmm.search.database import StudyDatabase
 from bmm.search.space import Space
 from bmm.search.study import run_study
+from bmm.tuning import load_result
 from tests.family import TASKS
 
 
@@ -23,7 +29,7 @@ def unlabelled(family):
 
 @pytest.fixture(scope="module")
 def keys(family):
-    given = family.recipe(engine="sobol", anchor="task_arithmetic", objective="agreement")
+    given = family.recipe(engine="sobol", anchor="task_arithmetic", score_by="agreement")
     return {k: v for k, v in given.items() if k != "tasks"}
 
 
@@ -49,7 +55,7 @@ def test_what_it_writes_says_what_the_scores_are(whole):
     assert "## Validation agreement with the experts (%)" in report
     assert "## Test accuracy (%)" in report
     assert "## Test accuracy (%)" in Path(whole.paths["card"]).read_text()
-    assert bmm.Recipe.load(Path(whole.paths["checkpoint"]) / "bmm_recipe.yaml").objective == "agreement"
+    assert bmm.Recipe.load(Path(whole.paths["checkpoint"]) / "bmm_recipe.yaml").score_by == "agreement"
 
 
 def test_resuming_goes_on_with_the_same_trials(whole, keys, unlabelled, tmp_path):
@@ -59,8 +65,33 @@ def test_resuming_goes_on_with_the_same_trials(whole, keys, unlabelled, tmp_path
     assert long.test == whole.test
 
 
+def rename_back(folder):
+    """Makes a study's files those of a version that called ``score_by`` ``objective``."""
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as rows, rows:
+        for key in ("recipe", "search"):
+            (text,) = rows.execute("SELECT value FROM meta WHERE key = ?", [key]).fetchone()
+            rows.execute("UPDATE meta SET value = ? WHERE key = ?", [text.replace('"score_by"', '"objective"'), key])
+    if (folder / "result.json").exists():
+        raw = json.loads((folder / "result.json").read_text())
+        raw["recipe"]["objective"] = raw["recipe"].pop("score_by")
+        (folder / "result.json").write_text(json.dumps(raw))
+
+
+def test_a_study_from_before_the_key_was_renamed_opens_resumes_and_reports(whole, keys, unlabelled, tmp_path):
+    bmm.tune(keys, tasks=unlabelled, budget=3, out=str(tmp_path / "r"))
+    rename_back(tmp_path / "r")
+    assert "agreement with the experts" in text_report(load_result(tmp_path / "r"))
+    (tmp_path / "r" / "result.json").unlink()
+    assert "agreement with the experts" in text_report(load_result(tmp_path / "r"))
+    long = bmm.tune(resume=tmp_path / "r", tasks=unlabelled, budget=6)
+    assert [(t.hyperparameters, t.scores) for t in long.trials] == [(t.hyperparameters, t.scores) for t in whole.trials]
+    rename_back(tmp_path / "r")
+    merged = bmm.merge(study=tmp_path / "r", trial=0, tasks=unlabelled)
+    assert all(torch.isfinite(t).all() for t in merged.values())
+
+
 def test_labels_beside_the_inputs_change_nothing(whole, family, tmp_path):
-    keys = family.recipe(engine="sobol", anchor="task_arithmetic", objective="agreement")
+    keys = family.recipe(engine="sobol", anchor="task_arithmetic", score_by="agreement")
     other = bmm.tune(keys, budget=3, out=str(tmp_path / "r"))
     assert [t.scores for t in other.trials] == [t.scores for t in whole.trials[:3]]
 
@@ -76,10 +107,10 @@ def test_soups_are_picked_by_agreement_too(keys, unlabelled):
 
 def test_labels_are_asked_for_where_the_objective_needs_them(keys, unlabelled, tmp_path):
     with pytest.raises(RecipeError, match="have no labels") as error:
-        bmm.tune(keys, objective="labels", tasks=unlabelled, out=str(tmp_path / "r"))
-    assert "objective: agreement" in error.value.hint
-    with pytest.raises(RecipeError, match="no objective 'agrement'") as error:
-        Recipe.from_dict({"objective": "agrement"})
+        bmm.tune(keys, score_by="labels", tasks=unlabelled, out=str(tmp_path / "r"))
+    assert "score_by: agreement" in error.value.hint
+    with pytest.raises(RecipeError, match="no score_by 'agrement'") as error:
+        Recipe.from_dict({"score_by": "agrement"})
     assert "agreement" in error.value.hint
     assert not (tmp_path / "r").exists()
 
@@ -102,12 +133,12 @@ def test_a_study_holds_one_kind_of_scores(tmp_path):
             )  # fmt: skip
             return len(trials), database.meta()["search"]
 
-    assert run(tmp_path / "a.db", objective_name="agreement")[1]["objective"] == "agreement"
-    with pytest.raises(StudyError, match="another objective: agreement there, labels here"):
+    assert run(tmp_path / "a.db", score_by="agreement")[1]["score_by"] == "agreement"
+    with pytest.raises(StudyError, match="another score_by: agreement there, labels here"):
         run(tmp_path / "a.db")
-    assert run(tmp_path / "b.db")[1]["objective"] == "labels"
+    assert run(tmp_path / "b.db")[1]["score_by"] == "labels"
     with StudyDatabase.open(tmp_path / "b.db") as database:  # as one from before there was a choice
-        database.set_meta("search", {k: v for k, v in database.meta()["search"].items() if k != "objective"})
+        database.set_meta("search", {k: v for k, v in database.meta()["search"].items() if k != "score_by"})
     assert run(tmp_path / "b.db")[0] == 4
-    with pytest.raises(StudyError, match="another objective: labels there, agreement here"):
-        run(tmp_path / "b.db", objective_name="agreement")
+    with pytest.raises(StudyError, match="another score_by: labels there, agreement here"):
+        run(tmp_path / "b.db", score_by="agreement")

@@ -171,7 +171,7 @@ def test_the_seed_decides(found, folder):
 
 
 def test_a_study_without_labels_is_calibrated_with_them_where_they_are(family, tmp_path):
-    keys = family.recipe(objective="agreement", anchor="average", engine="sobol", budget=2, out=str(tmp_path / "r"))
+    keys = family.recipe(score_by="agreement", anchor="average", engine="sobol", budget=2, out=str(tmp_path / "r"))
     bmm.tune(keys)
     result = bmm.calibrate(tmp_path / "r", samples=1)
     assert 0.5 < result.mean("experts", "validation").accuracy < 1

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+import bmm
 from bmm.errors import BmmError, RecipeError
 from bmm.functions import load_function
 from bmm.recipe import Recipe
@@ -18,6 +19,7 @@ def test_defaults_round_trip_through_yaml(tmp_path):
     ("raw", "message", "hint"),
     [
         ({"ancor": "tsv"}, "unknown key 'ancor'", "anchor"),
+        ({"objective": "agreement"}, "unknown key 'objective'", "its name is score_by now"),
         ({"anchor": "tvs"}, "tvs", "tsv"),
         ({"knobs": {"scal": 1.0}}, "scal", "scale"),
         ({"knobs": {"scale": 99.0}}, "scale", ""),
@@ -48,6 +50,25 @@ def test_files_that_are_no_recipe(tmp_path, text):
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["experts: {a: x, a: y}", "budget: 3\nanchor: ties\nbudget: 4", "knobs:\n  d: 1\n  d: 2"]
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"is there twice .*line"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    (tmp_path / "r.yaml").write_text("weights: &w {a: 1, b: 2}\nfloor: {<<: *w, b: 0.5}\n")
+    assert Recipe.load(tmp_path / "r.yaml").floor == {"a": 1.0, "b": 0.5}
+
+
+def test_experts_of_one_name_are_not_one_expert():
+    with pytest.raises(RecipeError, match=r"expert 'model' is given twice, a/model and b/model"):
+        bmm.make_recipe(experts=["a/model", "b/model"])
 
 
 def test_missing_file(tmp_path):
@@ -113,3 +134,15 @@ def test_early_stopping_goes_with_the_mean_alone(goal):
 def test_a_floor_is_nothing_else(given):
     with pytest.raises(RecipeError, match="expected"):
         Recipe.from_dict({"floor": given})
+
+
+def test_make_recipe_takes_a_file_a_mapping_a_recipe_or_nothing_and_keywords_win(tmp_path):
+    (tmp_path / "r.yaml").write_text("anchor: ties\nbudget: 9\n")
+    forms = (tmp_path / "r.yaml", str(tmp_path / "r.yaml"), {"anchor": "ties", "budget": 9})
+    made = [bmm.make_recipe(form, budget=12) for form in forms]
+    assert made == [Recipe.from_dict({"anchor": "ties", "budget": 12})] * 3
+    assert bmm.make_recipe(made[0], seed=3) == Recipe.from_dict({"anchor": "ties", "budget": 12, "seed": 3})
+    assert bmm.make_recipe() == Recipe()
+    assert bmm.make_recipe(experts=["m/cars", "m/dogs.safetensors"]).experts == {
+        "cars": "m/cars", "dogs": "m/dogs.safetensors"
+    }  # fmt: skip

@@ -65,9 +65,9 @@ def test_two_workers_find_the_rows_of_one_process(family, alone, tmp_path):
     assert result.recipe["workers"] == 2
 
 
-@pytest.mark.parametrize("objective", ["labels", "agreement"])
-def test_a_workplace_scores_as_the_leader_does_and_runs_no_expert(family, tmp_path, monkeypatch, objective):
-    recipe = Recipe.from_dict(family.recipe(anchor="task_arithmetic", objective=objective, out=str(tmp_path)))
+@pytest.mark.parametrize("score_by", ["labels", "agreement"])
+def test_a_workplace_scores_as_the_leader_does_and_runs_no_expert(family, tmp_path, monkeypatch, score_by):
+    recipe = Recipe.from_dict(family.recipe(anchor="task_arithmetic", score_by=score_by, out=str(tmp_path)))
     run = Run(recipe)
     run.score_experts()
     prepared = run.prepare()
@@ -84,7 +84,7 @@ def test_a_workplace_scores_as_the_leader_does_and_runs_no_expert(family, tmp_pa
 
 @pytest.mark.slow
 def test_agreement_early_stopping_and_tasks_as_objects(family, tmp_path):
-    keys = family.recipe(**SHORT | {"budget": 14}, objective="agreement", early_stopping=0.45, search=["weights"])
+    keys = family.recipe(**SHORT | {"budget": 14}, score_by="agreement", early_stopping=0.45, search=["weights"])
     keys |= {"tasks": as_objects(family)}
     alone = bmm.tune(out=str(tmp_path / "alone"), **keys)
     result = bmm.tune(out=str(tmp_path / "two"), workers=2, **keys)

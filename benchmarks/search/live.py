@@ -16,10 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from zoo import Bench, cells, options, publish, scores
+from zoo import Bench, begun, cells, options, publish, scores
 
 from bmm.report import markdown
 
@@ -35,15 +33,10 @@ def with_budget(bench: Bench, budget: int) -> Bench:
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--anchor", default="tsv")
     parser.add_argument("--groups", default="role")
     parser.add_argument("--engines", nargs="*", default=list(BUDGETS), choices=BUDGETS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    ends, plain = bench.ends(), bench.plain(args.anchor)
-    if ends is None or plain is None:
-        raise SystemExit("no cells yet; run without --print")
+    bench, ends, plain = begun(parser)
+    args = bench.args
     keys: dict[str, Any] = {"anchor": args.anchor, "grams": "hybrid", "groups": args.groups, "calibration": 64}
     lines = []
     for engine in args.engines:

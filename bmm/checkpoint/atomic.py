@@ -53,13 +53,25 @@ def destination(folder: str | Path, overwrite: bool, inputs: tuple[Path, ...] = 
             raise WriteError(f"{target}: a file is in the way", "give the path of a folder")
         entries = list(target.iterdir()) if target.exists() else []
         if entries and not overwrite:
-            raise WriteError(f"{target}: the folder is not empty", "give another folder, or ask to overwrite it")
+            raise WriteError(f"{target}: the folder is not empty", "give another folder, or overwrite it: --overwrite")
         weights = any(entry.name.endswith((".safetensors", ".bin")) for entry in entries)
         if entries and (not weights or any(entry.is_dir() and entry.name != "heads" for entry in entries)):
             raise WriteError(
                 f"{target}: holds more, or other, than a model's files and is not overwritten", "remove it yourself"
             )
+        require_place(target.parent)
     return target
+
+
+def require_place(folder: Path) -> None:
+    """Raise `WriteError` where a folder is none, or cannot be made or written to: said before there is work to lose."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not place.is_dir():
+        raise WriteError(f"{folder}: cannot be written ({place} is a file)", "give the path of a folder")
+    with writing(folder):
+        if not os.access(place, os.W_OK | os.X_OK):
+            code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code))
 
 
 @contextmanager

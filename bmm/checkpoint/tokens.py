@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from .formats import read_json, reason, some
 from .reader import Checkpoint
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
+PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Files of SentencePiece, which are compared but not read: models differ in how they number its pieces."""
 
 
 MOST_ROWS = 2**31
@@ -32,7 +34,7 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
     Raises `CheckpointError` for a damaged file, or one that gives two tokens the same row.
     """
-    files = {file.name: file for file in checkpoint.side_files() if file.name in FILES}
+    files = _files(checkpoint, FILES)
     if "tokenizer.json" in files:
         rows, added = _from_tokenizer(files["tokenizer.json"])
     elif "vocab.json" in files or "vocab.txt" in files:
@@ -55,15 +57,30 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
 def same_files(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether two checkpoints have the same tokenizer files, byte by byte (or none)."""
-    ours, theirs = ({f.name: f for f in c.side_files() if f.name in FILES[:4]} for c in (a, b))
-    return ours.keys() == theirs.keys() and all(
-        ours[n] == theirs[n] or ours[n].read_bytes() == theirs[n].read_bytes() for n in ours
-    )
+    ours, theirs = (_files(c, (*FILES[:4], *PIECES)) for c in (a, b))
+    return ours.keys() == theirs.keys() and all(_equal(ours[n], theirs[n]) for n in ours)
+
+
+def other_pieces(a: Checkpoint, b: Checkpoint) -> str:
+    """The name of a SentencePiece file that both checkpoints have and that is not the same in them, "" for none."""
+    ours, theirs = (_files(c, PIECES) for c in (a, b))
+    return next((n for n in ours if n in theirs and not _equal(ours[n], theirs[n])), "")
+
+
+def _files(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Path]:
+    return {file.name: file for file in checkpoint.side_files() if file.name in names}
+
+
+def _equal(a: Path, b: Path) -> bool:
+    try:
+        return a == b or a.read_bytes() == b.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({reason(error)})", _AGAIN) from None
 
 
 def extended_files(base: Checkpoint, new: Mapping[str, tuple[int, Mapping[str, Any]]]) -> dict[str, bytes]:
     """The base's tokenizer files with further added tokens: token -> (row, what its own tokenizer says of it)."""
-    files = {file.name: file for file in base.side_files() if file.name in FILES}
+    files = _files(base, FILES)
     out: dict[str, Any] = {}
     if "tokenizer.json" in files:
         out["tokenizer.json"] = tokenizer = read_json(files["tokenizer.json"], "tokenizer")

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, VocabularyError
 from .formats import TensorFile, some
 from .low_rank import AdaptedFile, Change, Stored
 from .reader import Checkpoint
 from .tied import role_of
-from .tokens import Tokens, extended_files, read_tokens, same_files
+from .tokens import Tokens, extended_files, other_pieces, read_tokens, same_files
 from .views import Extended, Reordered, View
 
 VOCABULARIES = ("refuse", "rows", "base", "union")
@@ -76,7 +76,7 @@ class _Expert:
         same = same_files(base, expert)
         if (own == count and same) or how == "rows":
             if own != count:
-                raise CheckpointError(
+                raise VocabularyError(
                     f"{label} has {own} rows of embeddings, the base {count}: vocabulary: rows cannot pair them",
                     "use vocabulary: base or union, which go by token",
                 )
@@ -84,6 +84,11 @@ class _Expert:
         ours, theirs = read_tokens(base), read_tokens(expert)
         if ours is None or theirs is None:
             if own == count:
+                if name := other_pieces(base, expert):
+                    raise VocabularyError(
+                        f"{label}: {name} is not the base's, and no tokenizer.json says which token has which row",
+                        "put tokenizer.json into both folders, or pair by row number with vocabulary: rows",
+                    )
                 return cls(expert, label, own, None, None, False, "")
             whose = "the base" if ours is None else label
             raise CheckpointError(
@@ -91,7 +96,7 @@ class _Expert:
                 "to say which tokens they are",
                 "put tokenizer.json (or vocab.json, vocab.txt) into both folders, or use experts of this base",
             )
-        difference = _difference(ours, theirs, own)
+        difference = _difference(ours, theirs, count, own)
         return cls(expert, label, own, theirs, ours, bool(difference) or own != count, difference)
 
     def view(
@@ -128,10 +133,11 @@ class _Expert:
         return own
 
 
-def _difference(ours: Tokens, theirs: Tokens, count: int) -> str:
-    """What differs between two sets of tokens, counted and named; "" where nothing does."""
+def _difference(ours: Tokens, theirs: Tokens, rows: int, count: int) -> str:
+    """What differs between the tokens of the base, with ``rows`` embeddings, and those of an expert with ``count``:
+    counted and named; "" where nothing does."""
     extra = [f"{t!r} (row {r})" for t, r in theirs.rows.items() if t not in ours.rows and r < count]
-    gone = [f"{t!r} (row {r})" for t, r in ours.rows.items() if theirs.rows.get(t, count) >= count]
+    gone = [f"{t!r} (row {r})" for t, r in ours.rows.items() if r < rows and theirs.rows.get(t, count) >= count]
     common = [(t, ours.rows[t], r) for t, r in theirs.rows.items() if t in ours.rows and r < count]
     moved = [f"{token!r} (row {here}, there {there})" for token, here, there in common if here != there]
     kinds = ((extra, "tokens the base lacks"), (gone, "tokens it lacks"), (moved, "tokens in another row"))
@@ -140,7 +146,7 @@ def _difference(ours: Tokens, theirs: Tokens, count: int) -> str:
 
 def _refuse(experts: Sequence[_Expert]) -> None:
     for expert in experts:
-        raise CheckpointError(
+        raise VocabularyError(
             f"{expert.label}: another vocabulary than the base's: {expert.difference}",
             "vocabulary: base keeps the base's tokens, union takes in the others, rows goes by row number",
         )

@@ -8,7 +8,7 @@ divergence by gradient; here it is what the search observes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +34,17 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
 
 
 def agreement(outputs: Tensor, expert: Tensor) -> Tensor:
-    """``1 - jensen_shannon`` of each input: logits (n, ..., classes) -> (n,), the mean over the axes between."""
-    return 1 - jensen_shannon(outputs, expert).reshape(len(outputs), -1).mean(1)
+    """``1 - jensen_shannon`` of each input: logits (n, ..., classes) -> (n,), the mean over the axes between, but for
+    places where the expert's are NaN."""
+    return (1 - jensen_shannon(outputs, expert)).reshape(len(outputs), -1).nanmean(1)
+
+
+def _without_padding(logits: Tensor, inputs: Any) -> Tensor:
+    """A language model's logits (n, tokens - 1, classes) with NaN for the padding of the inputs."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if logits.dim() != 3 or not isinstance(mask, Tensor) or mask.shape != (len(logits), logits.shape[1] + 1):
+        return logits
+    return logits.masked_fill((mask[:, 1:] == 0).unsqueeze(-1), math.nan)
 
 
 class ExpertOutputs:
@@ -54,7 +63,7 @@ class ExpertOutputs:
         if self.logits is None:
             self.logits = self._outputs(self._expert, self._task, self._batches)
         for (inputs, _), logits in zip(self._batches, self.logits, strict=True):
-            yield inputs, logits
+            yield inputs, _without_padding(logits, inputs)
 
 
 def judged_by_experts(tasks: Sequence[Task], experts: Sequence[Tensors], outputs: Outputs) -> dict[str, Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from zlib import crc32
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
+from .padded import taken
 from .task import Task, batch_length, holds_whole
 
 HIGHEST_SHARE = 0.5
@@ -58,7 +59,7 @@ def _part(task: Task, share: float, seed: int, held: bool) -> Task:
             f"holdout {share:g} of the {len(mask)} validation inputs of task {task.name!r} leaves a part empty",
             "give the task more validation inputs, or another holdout",
         )
-    kept = _taken(inputs, mask)
+    kept = taken(inputs, mask)
     return replace(task, validation=(kept, data[1][mask]) if pair else kept)
 
 
@@ -75,12 +76,5 @@ class _Batches:
             mask = held_out(seen + length, self._share, self._seed, self._task.name)[seen:] == self._held
             seen += length
             if mask.any():
-                kept = _taken(inputs, mask)
+                kept = taken(inputs, mask)
                 yield kept if targets is None else (kept, targets[mask])
-
-
-def _taken(inputs: Any, mask: Tensor) -> Any:
-    """The inputs of a batch where ``mask`` (n,) is true."""
-    if isinstance(inputs, Mapping):
-        return {name: tensor[mask] for name, tensor in inputs.items()}
-    return inputs[mask]

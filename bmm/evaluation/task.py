@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
+from .padded import Padded, taken
 
 Split = Literal["validation", "test"]
 Inputs = Tensor | Mapping[str, Tensor]
@@ -49,7 +50,7 @@ class Task:
     Args:
         name: unique; matched with the experts' names where those are given.
         validation: what the search may look at: ``(inputs, targets)`` held whole, or a sequence of such batches. Inputs
-            alone, whole or a sequence of batches, are enough for the objective "agreement".
+            alone, whole or a sequence of batches, are enough for ``score_by: agreement``.
         test: the same with targets, for the final report; scored once. May be None.
         calibration: unlabelled inputs for data-driven Grams and Fishers, held whole or a sequence of batches; may be
             None. Take them from the training distribution and keep them apart from ``validation``.
@@ -76,7 +77,7 @@ class Task:
 
     def batches(self, split: Split) -> Iterator[tuple[Any, Tensor]]:
         """The split's (inputs, targets), batch by batch. Raises `RecipeError` where there are none, or no labels."""
-        hint = ", or tune on the experts' own outputs (objective: agreement)" if split == "validation" else ""
+        hint = ", or tune on the experts' own outputs (score_by: agreement)" if split == "validation" else ""
         for inputs, targets in self.pairs(split):
             if targets is None:
                 raise RecipeError(
@@ -108,7 +109,7 @@ class Task:
         for batch in _unlabelled(self.calibration, batch_size):
             size = batch_length(batch)
             if left is not None and size > left:
-                batch, size = _slice(batch, 0, left), left
+                batch, size = taken(batch, slice(left)), left
             if size == 0:
                 return
             yield batch
@@ -154,12 +155,6 @@ def batch_length(inputs: Any) -> int:
     return len(inputs)
 
 
-def _slice(inputs: Any, start: int, stop: int) -> Any:
-    if isinstance(inputs, Mapping):
-        return {k: v[start:stop] for k, v in inputs.items()}
-    return inputs[start:stop]
-
-
 def _is_whole(inputs: Any) -> bool:
     return isinstance(inputs, Tensor | Mapping)
 
@@ -173,16 +168,16 @@ def _pairs(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor | None
     if isinstance(data, Iterator):
         raise RecipeError(f"{what} is a one-time iterator", "give a list, a DataLoader or (inputs, targets)")
     if _is_whole(data):
-        for inputs in _unlabelled(data, size):
-            yield inputs, None
+        for index in _indices(data, size):
+            yield taken(data, index), None
     elif holds_whole(data):
         inputs, targets = data
         if batch_length(inputs) != len(targets):
             raise RecipeError(
                 f"{what}: {batch_length(inputs)} inputs but {len(targets)} targets", "give one target an input"
             )
-        for start in range(0, len(targets), size):
-            yield _slice(inputs, start, start + size), targets[start : start + size]
+        for index in _indices(inputs, size):
+            yield taken(inputs, index), targets[index]
     else:
         for batch in data:
             parts = (batch,) if _is_whole(batch) else tuple(batch)
@@ -194,9 +189,17 @@ def _pairs(data: Any, size: int, what: str) -> Iterator[tuple[Any, Tensor | None
 def _unlabelled(data: Any, size: int) -> Iterator[Any]:
     if _is_whole(data):
         for start in range(0, batch_length(data), size):
-            yield _slice(data, start, start + size)
+            yield taken(data, slice(start, start + size))
     else:
         yield from data
+
+
+def _indices(inputs: Any, size: int) -> Iterator[Tensor | slice]:
+    """Which inputs of those held whole make each batch: one after the other, padded ones by length."""
+    if isinstance(inputs, Padded):
+        yield from inputs.by_length(size)
+    else:
+        yield from (slice(start, start + size) for start in range(0, batch_length(inputs), size))
 
 
 def to_device(inputs: Any, device: torch.device | str) -> Any:

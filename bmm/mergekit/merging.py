@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ import yaml
 from torch import Tensor
 
 from ..anchors import merge_each
-from ..checkpoint import Checkpoint, ModelPool, write_checkpoint
+from ..checkpoint import ModelPool
 from ..checkpoint.agreement import info_of
 from ..checkpoint.tied import INPUT_EMBEDDINGS
-from ..errors import CheckpointError, MergeError, RecipeError, did_you_mean
+from ..errors import RecipeError, VocabularyError, did_you_mean
 from ..groups import depth_of
 from ..loading import find_device
 from ..notation import StateDict
 from ..progress import Progress, silent
 from ..recipe import storage_dtype
 from ..report import merge_card
+from ..writing import counted, merge_key, write_merge
 from .config import MergekitConfig
 from .plan import Plan
-from .tokenizers import require_one_vocabulary
 
 RECIPE = "mergekit_config.yml"
 """Name of the recipe's copy next to the merged model."""
@@ -36,6 +36,7 @@ def merge_mergekit(
     out: str | Path | None = None,
     models: Mapping[str, str | Path] | None = None,
     skip: Sequence[str] = (),
+    heads: str = "refuse",
     dtype: str = "same",
     device: str = "cpu",
     shard_gib: float = 4.0,
@@ -49,11 +50,12 @@ def merge_mergekit(
         recipe: its file, or its content as a mapping.
         out: write a checkpoint there and return its path; otherwise return the tensors (float32 or wider).
         models: folders of models by their name in the recipe, where that is not a folder (nothing is downloaded).
-        skip: glob patterns of parameters to leave out, as in a recipe of bmm.
+        skip, heads: parameters to leave out, and what is done with task heads, as in a recipe of bmm.
         dtype: of the merged checkpoint; same: what the recipe says, else what the models' dtypes promote to.
         seed: of the masks that DARE and DELLA draw.
 
-    Arithmetic is in float32 or float64 whatever the recipe's dtypes.
+    Arithmetic is in float32 or float64 whatever the recipe's dtypes. A write that was stopped goes on from its finished
+    shards.
 
     Raises:
         RecipeError: what is wrong or not supported, by its key path; CheckpointError, MergeError, WriteError.
@@ -65,41 +67,29 @@ def merge_mergekit(
     inputs = [folders[source.model] for source in plan.inputs]
     base = folders[plan.origin] if plan.origin else inputs[0]
     names = [source.model for source in plan.inputs]
-    pool = ModelPool.open(base, inputs, skip=skip, task_names=names, vocabulary="rows")
+    pool = _open(config, base, inputs, skip=skip, task_names=names, heads=heads)
     _require_layers(config, pool)
-    if config.tokenizer:
-        require_one_vocabulary(base, inputs, f"{config.where}: tokenizer {config.tokenizer!r}")
     ways = plan.ways(pool.float_names, _spoken(pool), seed)
     place = find_device(device)
-    for notice in plan.notices:
+    for notice in (*plan.notices, *pool.notices):
         progress("notice", 1, 1, notice)
     targets = _dtypes(config, pool, kept)
-    stream = merge_each(
-        pool.base,
-        pool.experts,
-        ways.__getitem__,
-        names=pool.names,
-        dtypes={name: torch.promote_types(target, torch.float32) for name, target in targets.items()},
-        device=place,
-        progress=lambda stage, done, total: progress(stage, done, total),
-    )
+    wide = {name: torch.promote_types(target, torch.float32) for name, target in targets.items()}
+
+    def stream(done: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        left = [name for name in pool.names if name not in done]
+        return merge_each(pool.base, pool.experts, ways.__getitem__, names=left, dtypes=wide, device=place)
+
+    pairs = counted(pool, stream, progress)
     if out is None:
-        return pool.with_ties(dict(_checked(stream, pool)))
-    pool.refuse_expert(Path(out))
+        return pool.with_ties(dict(pairs(frozenset())))
     named = {"base": str(base), "experts": {s.model: str(folders[s.model]) for s in plan.inputs}, "seed": seed}
     text = config.text if config.text.endswith("\n") else config.text + "\n"
     command = f"bmm merge --from-mergekit {RECIPE} --out {Path(out).name}"
-    assert isinstance(pool.base, Checkpoint)
-    return write_checkpoint(
-        out,
-        _checked(stream, pool),
-        like=pool.base,
-        dtypes=_one(targets),
-        tied=pool.tied,
-        max_shard_bytes=int(shard_gib * 2**30),
-        extra_files={"README.md": merge_card(f"mergekit recipe `{config.method}`", named, text, command), RECIPE: text},
-        overwrite=overwrite,
-        owned=True,
+    texts = {"README.md": merge_card(f"mergekit recipe `{config.method}`", named, text, command), RECIPE: text}
+    key = merge_key(pool, text, named, dtype, shard_gib, list(skip), heads)
+    return write_merge(
+        pool, pairs, Path(out), texts, dtypes=_one(targets), shard_gib=shard_gib, overwrite=overwrite, key=key
     )
 
 
@@ -131,6 +121,16 @@ def _folders(plan: Plan, given: Mapping[str, str | Path]) -> dict[str, Path]:
                 f"bmm downloads nothing: download the model, and say where it is: --expert {name}=FOLDER",
             )
     return found
+
+
+def _open(config: MergekitConfig, base: Path, inputs: Sequence[Path], **options: Any) -> ModelPool:
+    """The models by row number, as mergekit takes them; with the same tokens in the same rows where the recipe has a
+    tokenizer for them all."""
+    try:
+        return ModelPool.open(base, inputs, vocabulary="refuse" if config.tokenizer else "rows", **options)
+    except VocabularyError as error:
+        asked = f" ({config.where}: tokenizer {config.tokenizer!r})" if config.tokenizer else ""
+        raise VocabularyError(error.message + asked, "use models with one tokenizer, row by row") from None
 
 
 def _require_layers(config: MergekitConfig, pool: ModelPool) -> None:
@@ -165,14 +165,3 @@ def _one(targets: Mapping[str, torch.dtype]) -> Mapping[str, torch.dtype] | torc
     """One dtype where all tensors have the same, so that config.json comes to say it."""
     kinds = set(targets.values())
     return kinds.pop() if len(kinds) == 1 else targets
-
-
-def _checked(stream: Iterator[tuple[str, Tensor]], pool: ModelPool) -> Iterator[tuple[str, Tensor]]:
-    try:
-        yield from stream
-    except MergeError:
-        try:
-            pool.check_finite()  # NaN and Inf are found while merging: say which checkpoint holds them
-        except CheckpointError as error:
-            raise error from None
-        raise

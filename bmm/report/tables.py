@@ -30,7 +30,7 @@ def percent(value: float, error: float | None = None) -> str:
 
 def measure(recipe: Mapping[str, Any], split: str) -> str:
     """What a run's scores are: without labels, validation scores are agreement with the experts."""
-    agreement = split == "validation" and recipe.get("objective") == "agreement"
+    agreement = split == "validation" and recipe.get("score_by") == "agreement"
     return "agreement with the experts" if agreement else "accuracy"
 
 

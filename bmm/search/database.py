@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from bmm.errors import StudyError
-from bmm.records import Hyperparameters, Trial
+from bmm.records import Hyperparameters, Trial, with_new_names
 from bmm.search.lock import StudyLock
 
 SCHEMA = 2
@@ -135,7 +135,8 @@ class StudyDatabase:
         with _readable_errors(self.path):
             rows = self._connection.execute("SELECT key, value FROM meta").fetchall()
         with _readable_rows(self.path):
-            return {key: json.loads(value) for key, value in rows}
+            found = {key: json.loads(value) for key, value in rows}
+            return found | {key: with_new_names(found[key]) for key in ("recipe", "search") if key in found}
 
     def set_meta(self, key: str, value: Any) -> None:
         """Records or replaces one JSON value."""

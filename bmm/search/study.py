@@ -40,7 +40,7 @@ def run_study(
     objectives: Sequence[str] = (),
     early_stopping: float = 0.0,
     refine: Sequence[Coarse] = (),
-    objective_name: str = "labels",
+    score_by: str = "labels",
     on_trial: OnTrial | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[Trial]:
@@ -48,7 +48,7 @@ def run_study(
 
     ``evaluate`` maps hyperparameters to one validation score a task (higher is better); ``reference`` gives each
     task's score of its own expert. The objective, maximised, is a mean over tasks of score / reference, weighted by
-    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`), ``objective_name``
+    ``weights`` where given; ``goal``, ``floor`` and ``objectives`` say which (`bmm.search.goal`), ``score_by``
     what kind of scores they are. Trial 0 is the anchor and trial 1 the default; both, and failed trials, count in the
     budget. Trials left pending by a killed run are evaluated again under their number before anything else.
 
@@ -88,7 +88,7 @@ def run_study(
     stopper = Stopper(aim.coefficients(), seed, early_stopping) if early_stopping else None
     _claim(
         database,
-        {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json(), "objective": objective_name}
+        {"seed": seed, "engine": engine, "space": space.to_json(), **aim.to_json(), "score_by": score_by}
         | ({"early_stopping": early_stopping} if early_stopping else {})
         | staged,
     )
@@ -182,11 +182,11 @@ def _claim(database: StudyDatabase, identity: dict[str, Any]) -> None:
     if recorded is None:
         database.set_meta(_IDENTITY, identity)
         return
-    recorded = PLAIN | {"objective": "labels"} | recorded  # studies that are older than the choice
+    recorded = PLAIN | {"score_by": "labels"} | recorded  # studies that are older than the choice
     identity = json.loads(json.dumps(identity))
     if changed := [key for key in identity | recorded if identity.get(key) != recorded.get(key)]:
         key = changed[0]
-        told = key in ("seed", "engine", "objective", "goal")
+        told = key in ("seed", "engine", "score_by", "goal")
         detail = f": {recorded.get(key)} there, {identity.get(key)} here" if told else ""
         raise StudyError(
             f"{database.path} was begun with another {' and '.join(changed)}{detail}",

@@ -5,8 +5,9 @@ Each builder returns a `bmm.Task`; `Splits` says where its data lie. docs/tasks.
 
 from .build import Splits
 from .file import KINDS, load_tasks
-from .function import Harness, function_task, harness_task
+from .function import function_task
 from .generation import exact_match
+from .harness import Harness, harness_task
 from .heads import Head, load_head, zero_shot
 from .images import image_classification
 from .likelihood import multiple_choice, perplexity

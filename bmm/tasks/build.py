@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..evaluation import Task
+from ..evaluation.padded import Padded
 from .heads import Head
 from .rows import Rows, drawn, open_rows
 
@@ -44,13 +45,14 @@ class Splits:
         Raises `RecipeError` with the task's name and the split for whatever is wrong with the data.
         """
         validation = self._split(name, "validation", load)
-        train = self._split(name, "train", calibrate or load) if self.train is not None else (None, None)
+        inputs, targets = self._split(name, "train", calibrate or load) if self.train is not None else (None, None)
         return Task(
             name,
             validation=validation,
             test=self._split(name, "test", load) if self.test is not None else None,
-            calibration=train[0],
-            calibration_targets=train[1],
+            # of one width: what is collected of them depends on no batch size
+            calibration=dict(inputs) if isinstance(inputs, Padded) else inputs,
+            calibration_targets=targets,
             **options,
         )
 

@@ -16,8 +16,9 @@ import yaml
 from ..errors import BmmError, RecipeError, did_you_mean
 from ..evaluation import Task
 from .build import Splits
-from .function import function_task, harness_task
+from .function import function_task
 from .generation import exact_match
+from .harness import harness_task
 from .heads import TEMPLATES, load_head, zero_shot
 from .images import image_classification
 from .likelihood import multiple_choice, perplexity
@@ -47,7 +48,7 @@ KINDS: dict[str, dict[str, str]] = {
     "function": {"validation": "function", "test": "function"},
     "lm_eval": {
         "tasks": "texts", "validation": "span", "test": "span", "metric": "text", "shots": "number",
-        "tokenizer": "path", "batch_size": "count",
+        "tokenizer": "path", "batch_size": "count", "include": "path",
     },
 }  # fmt: skip
 """The keys of every kind, and what each of them holds."""

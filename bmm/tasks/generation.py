@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..evaluation import Task
+from ..evaluation.padded import Padded
 from .build import Splits
 from .likelihood import Template, _stacked, next_token_logits, pair
 from .rows import Rows
@@ -112,10 +113,9 @@ def exact_match(
         raise RecipeError(f"pattern {pattern!r}: {error}", "a Python regular expression") from error
 
     def load(rows: Rows, order: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        rows.require([*prompt.columns, answer])
         prompts, targets = [], []
-        for number, row in rows.iterate(order):
-            tokens = words(prompt.fill(rows, number, row), add_special_tokens=True)["input_ids"]
+        for number, row, text in prompt.read(rows, order, answer):
+            tokens = words(text, add_special_tokens=True)["input_ids"]
             prompts.append(tokens[-max_tokens:])
             targets.append(len(answers))
             answers.append(tuple(map(plain, _accepted(rows, number, row.get(answer)))))
@@ -125,14 +125,14 @@ def exact_match(
         ones = [[1] * len(p) for p in prompts]
         zeros = [[0] * len(g) for g in gaps]
         mask = [o + z if seq2seq else z + o for o, z in zip(ones, zeros, strict=True)]
-        return {"prompt_ids": torch.tensor(ids), "prompt_mask": torch.tensor(mask)}, torch.tensor(targets)
+        inputs = {"prompt_ids": torch.tensor(ids), "prompt_mask": torch.tensor(mask)}
+        return Padded(inputs, {"prompt_mask": tuple(inputs)}), torch.tensor(targets)
 
     def calibrate(rows: Rows, order: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        rows.require([*prompt.columns, answer])
         texts = []
-        for number, row in rows.iterate(order):
+        for number, row, text in prompt.read(rows, order, answer):
             right = " " + _accepted(rows, number, row.get(answer))[0]
-            texts.append([pair(words, prompt.fill(rows, number, row), right, max_tokens, seq2seq)])
+            texts.append([pair(words, text, right, max_tokens, seq2seq)])
         found = {k: v[:, 0] for k, v in _stacked(texts, int(words.pad_token_id), seq2seq).items()}
         option = found.pop("option_mask")
         targets = found["labels"] if seq2seq else found["input_ids"][:, 1:].masked_fill(option[:, 1:] == 0, -1)

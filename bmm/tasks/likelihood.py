@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..evaluation import Task
+from ..evaluation.padded import Padded
 from ..evaluation.task import categorical
 from .build import Splits
 from .rows import Rows, label_numbers
@@ -96,14 +97,13 @@ def multiple_choice(
     prompt = Template(template)
 
     def load(rows: Rows, order: Sequence[int], only_answer: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        rows.require([*([] if options else [named["options"]]), named["answer"], *prompt.columns])
+        columns = [*([] if options else [named["options"]]), named["answer"]]
         questions, answers = [], []
-        for number, row in rows.iterate(order):
+        for number, row, question in prompt.read(rows, order, *columns):
             texts = _options(rows, number, options or row.get(named["options"]))
             answer = int(label_numbers(rows, [(number, row.get(named["answer"]))], texts, None))
             answers.append(answer)
             chosen = [texts[answer]] if only_answer else texts
-            question = prompt.fill(rows, number, row)
             questions.append([pair(words, question, option_template.format(t), max_tokens, seq2seq) for t in chosen])
         inputs = _stacked(questions, int(words.pad_token_id), seq2seq)
         return inputs, torch.zeros(len(answers), dtype=torch.long) if only_answer else torch.tensor(answers)
@@ -147,7 +147,7 @@ def pair(words: Any, prompt: str, answer: str, limit: int, seq2seq: bool = False
     return before[-max(1, limit - len(after)) :], after
 
 
-def _stacked(questions: list[list[tuple[list[int], list[int]]]], pad: int, seq2seq: bool) -> dict[str, Tensor]:
+def _stacked(questions: list[list[tuple[list[int], list[int]]]], pad: int, seq2seq: bool) -> Padded:
     most = max(len(q) for q in questions)
     flat = [p for q in questions for p in [*q, *[([pad], [])] * (most - len(q))]]
 
@@ -158,7 +158,7 @@ def _stacked(questions: list[list[tuple[list[int], list[int]]]], pad: int, seq2s
 
     if seq2seq:
         first, second = [p for p, _ in flat], [a for _, a in flat]
-        return {
+        tensors = {
             "input_ids": stacked(first, pad),
             "attention_mask": stacked([[1] * len(p) for p in first], 0),
             "labels": stacked(second, -100),
@@ -166,11 +166,14 @@ def _stacked(questions: list[list[tuple[list[int], list[int]]]], pad: int, seq2s
             "decoder_attention_mask": stacked([[1] * max(1, len(a)) for a in second], 0),
             "option_mask": stacked([[1] * len(a) for a in second], 0),
         }
-    return {
+        answers = ("labels", "decoder_attention_mask", "option_mask")
+        return Padded(tensors, {"attention_mask": ("input_ids", "attention_mask"), "decoder_attention_mask": answers})
+    tensors = {
         "input_ids": stacked([p + a for p, a in flat], pad),
         "attention_mask": stacked([[1] * len(p + a) for p, a in flat], 0),
         "option_mask": stacked([[0] * len(p) + [1] * len(a) for p, a in flat], 0),
     }
+    return Padded(tensors, {"attention_mask": tuple(tensors)})
 
 
 @dataclass(frozen=True)
@@ -192,16 +195,22 @@ class Template:
             raise RecipeError(f"template {self.text!r}: braces without a column", "write {column}")
         return found
 
-    def fill(self, rows: Rows, number: int, row: dict[str, Any]) -> str:
-        """The prompt of a row."""
-        return self.text.format(**{c: text_of(rows, number, row, c) for c in self.columns})
+    def read(self, rows: Rows, order: Sequence[int], *columns: str) -> Iterator[tuple[int, dict[str, Any], str]]:
+        """The rows of these numbers, with their numbers before and their prompts after them. Raises `RecipeError` for a
+        column that is not there: its own, or one of ``columns``."""
+        own = self.columns
+        rows.require([*columns, *own])
+        for number, row in rows.iterate(order):
+            yield number, row, self.text.format(**{c: text_of(rows, number, row, c) for c in own})
 
 
 def token_probability(outputs: Tensor, targets: Tensor) -> Tensor:
     """exp(mean log p) of the tokens ``targets`` (n, l), below 0 where there is none: 1 / perplexity of each text, (n,).
 
-    Between 0 and 1 and higher is better, so that it can be compared with an expert's by their ratio.
+    Between 0 and 1 and higher is better, so that it can be compared with an expert's by their ratio. Targets beyond the
+    outputs' length are padding that the batch went without.
     """
+    targets = targets[:, : outputs.shape[1]]
     return (categorical(outputs, targets) / (targets >= 0).sum(1).clamp_min(1)).exp()
 
 
@@ -227,16 +236,17 @@ def perplexity(
     shape = Template(template)
 
     def load(rows: Rows, order: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        rows.require(shape.columns)
         windows = []
-        for number, row in rows.iterate(order):
-            tokens = words(shape.fill(rows, number, row), truncation=False)["input_ids"]
+        for _, _, text in shape.read(rows, order):
+            tokens = words(text, truncation=False)["input_ids"]
             cut = [tokens[k : k + max_tokens] for k in range(0, len(tokens), max_tokens)]
             windows += [w for w in cut if len(w) > 1]
         if not windows:
             raise RecipeError(f"{rows.path}: no text of two or more tokens", "perplexity needs something to predict")
         inputs = _stacked([[([], w)] for w in windows], int(words.pad_token_id), False)
         batch = {k: inputs[k][:, 0] for k in ("input_ids", "attention_mask")}
-        return batch, batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -1)
+        return Padded(batch, {"attention_mask": tuple(batch)}), batch["input_ids"][:, 1:].masked_fill(
+            batch["attention_mask"][:, 1:] == 0, -1
+        )
 
     return splits.task(name, load, forward=next_token_logits, score=token_probability, batch_size=batch_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import RecipeError, did_you_mean
 from ..evaluation import Task
+from ..evaluation.padded import Padded
 from .build import Splits, class_count
 from .heads import POOLINGS, Classify, Head
 from .rows import Rows, label_numbers
@@ -92,6 +93,9 @@ def text_classification(
             found.append((number, row.get(named["label"])))
         targets = label_numbers(rows, found, known, class_count(known, head, labels))
         batch = words(texts, pairs or None, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-        return {k: torch.as_tensor(v) for k, v in batch.items()}, targets
+        tensors = {k: torch.as_tensor(v) for k, v in batch.items()}
+        if "attention_mask" not in tensors:  # a model that is to see the padding
+            return tensors, targets
+        return Padded(tensors, {"attention_mask": tuple(tensors)}), targets
 
     return splits.task(name, load, forward=Classify(head, pooling), batch_size=batch_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bmm.api import make_recipe
+import bmm
 from examples import compare
 
 HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ def main() -> None:
     parser = compare.options("The table of text5.", "runs/text5", TUNED)
     parser.add_argument("--recipe", type=Path, default=HERE / "recipe.yaml")
     args = parser.parse_args()
-    recipe = make_recipe(args.recipe).to_dict()
+    recipe = bmm.make_recipe(args.recipe).to_dict()
     comparison = compare.Comparison(recipe, args)
     tests = sum(len(task.test[1]) for task in comparison.run.tasks)
     head = (

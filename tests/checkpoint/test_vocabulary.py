@@ -193,3 +193,24 @@ def test_what_cannot_go_with_new_tokens_is_refused(tmp_path):
     for keys in ({"vocabulary": "union"}, {"heads": "keep"}):
         with pytest.raises(RecipeError, match="does not go with masks"):
             merge(base, expert, anchor="emr", masks=True, out=tmp_path / "out", **keys)
+
+
+def test_other_sentencepiece_models_are_refused_where_no_file_tells_the_tokens(tmp_path):
+    base, expert = write(tmp_path / "base", files=()), write(tmp_path / "e", files=())
+    for folder, content in ((base, b"one"), (expert, b"another")):
+        (folder / "tokenizer.model").write_bytes(content)
+    for how in ("refuse", "base", "union"):
+        with pytest.raises(CheckpointError, match=r"expert 'e' .*tokenizer\.model is not the base's"):
+            ModelPool.open(base, [expert], vocabulary=how)
+    ModelPool.open(base, [expert], vocabulary="rows")
+    (expert / "tokenizer.model").write_bytes(b"one")
+    ModelPool.open(base, [expert])
+
+
+def test_a_token_beyond_the_rows_of_both_is_no_difference(tmp_path):
+    base, expert = write(tmp_path / "base"), write(tmp_path / "e")
+    for folder, version in ((base, "1"), (expert, "2")):
+        raw = json.loads((folder / "tokenizer.json").read_text())
+        raw |= {"version": version, "added_tokens": [{"id": 9, "content": "<far>"}]}
+        (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert ModelPool.open(base, [expert]).notices == []

@@ -147,6 +147,13 @@ def test_gram_inspect_and_anchors(family, recipe, tmp_path):
         (["tune", "--floor", "high"], 2, ["floor"]),
         (["tune", "--floor", "2"], 2, ["(0, 1.5]"]),
         (["tune", "--objectives", "mnist"], 2, ["one objective"]),
+        (["tune", "--objective", "agreement"], 2, ["--objective is --score-by now"]),
+        (
+            ["merge", "-o", "x", "--base", "b", "--expert", "p/a", "--expert", "q/a"],
+            2,
+            ["'a' is given twice", "p/a", "q/a"],
+        ),
+        (["merge", "-o", "x", "--weights", "mnist=much"], 2, ["a number expected"]),
         (["tune", "--objectives", "mnist,lattin"], 2, ["did you mean latin"]),
         (["tune", "--recipe", "/no/such.yaml"], 2, ["/no/such.yaml"]),
         (["tune", "--resume", "/no/such"], 1, ["no study", "hint"]),

@@ -65,7 +65,7 @@ def test_validation_data_may_come_without_labels(data):
     assert check_tasks([task], labels=False) == [task]
     with pytest.raises(RecipeError, match="validation data of task 't' have no labels") as error:
         check_tasks([task])
-    assert "objective: agreement" in error.value.hint
+    assert "score_by: agreement" in error.value.hint
 
 
 def test_test_data_need_labels_and_batches_two_parts():

@@ -1,81 +1,17 @@
-"""Recipes of mergekit: every method by hand on small numbers, what is refused by which key, and what is written."""
+"""Recipes of mergekit: every method by hand on small numbers, and what is refused by which key."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from bmm_cli.main import main
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import bmm
-from bmm.errors import BmmError, CheckpointError, RecipeError
+from bmm.errors import RecipeError
 from bmm.mergekit import MergekitConfig
 from bmm.mergekit.values import evaluate, parse
-
-EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
-LAYERS = 3
-
-
-def q(layer):
-    return f"model.layers.{layer}.self_attn.q_proj.weight"
-
-
-def up(layer):
-    return f"model.layers.{layer}.mlp.up_proj.weight"
-
-
-NAMES = [EMBED, *(f(layer) for layer in range(LAYERS) for f in (q, up)), NORM]
-
-
-def write(folder, values, dtype=torch.float32, **config):
-    """A model whose tensors all hold ``values``, as a matrix or (the norm) as a vector."""
-    folder.mkdir()
-    vector = torch.tensor(values, dtype=dtype)
-    model = {name: (vector if name == NORM else vector.reshape(2, -1)).clone() for name in NAMES}
-    save_file(model | {"steps": torch.tensor([7])}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "float32", **config}))
-
-
-@pytest.fixture
-def models(tmp_path):
-    """Base, and three experts that differ from it by easy numbers."""
-    write(tmp_path / "base", [1.0, 2.0, 3.0, 4.0])
-    write(tmp_path / "a", [2.0, 2.0, 1.0, 8.0])  # +1 0 -2 +4
-    write(tmp_path / "b", [1.0, 5.0, 4.0, 3.0])  # 0 +3 +1 -1
-    write(tmp_path / "c", [0.0, 1.0, 3.0, 6.0])  # -1 -1 0 +2
-    return tmp_path
-
-
-BASE = torch.tensor([1.0, 2.0, 3.0, 4.0])
-A, B, C = (torch.tensor(v) for v in ([1.0, 0.0, -2.0, 4.0], [0.0, 3.0, 1.0, -1.0], [-1.0, -1.0, 0.0, 2.0]))
-
-
-def recipe(folder, method, names="ab", own=(), base="base", **whole):
-    """A recipe of experts, ``own`` their parameters in turn."""
-    own = [*own, *[{}] * (len(names) - len(own))]
-    found = {
-        "merge_method": method,
-        "models": [{"model": str(folder / n), "parameters": p} for n, p in zip(names, own, strict=True)],
-        "parameters": whole,
-    }
-    return found | ({"base_model": str(folder / base)} if base else {})
-
-
-def merged(folder, *args, **kwargs):
-    notices = []
-    progress = kwargs.pop("progress", lambda stage, done, total, text="": stage == "notice" and notices.append(text))
-    out = bmm.merge_mergekit(recipe(folder, *args, **kwargs), progress=progress)
-    assert set(out) == {*NAMES, "steps"}
-    assert out["steps"].tolist() == [7]
-    return {name: out[name].flatten() for name in NAMES} | {"notices": notices}
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=1e-5, rtol=1e-5)
-
+from tests.mergekit.models import BASE, EMBED, LAYERS, NORM, A, B, close, merged, q, recipe, up, write
 
 # parameters
 
@@ -333,108 +269,3 @@ def test_what_has_no_effect_is_said(models):
         "parameters.t is no parameter of ties there",
         "models[0].parameters.epsilon is no parameter of ties there",
     ]
-
-
-# files
-
-
-def test_names_are_folders_here_beside_the_recipe_or_given(models, monkeypatch):
-    raw = recipe(models, "task_arithmetic", "a", [{"weight": 1}]) | {"base_model": "org/base"}
-    raw["models"][0]["model"] = "a"
-    (models / "c.yml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(RecipeError, match="base_model: no folder 'org/base'") as error:
-        bmm.merge_mergekit(models / "c.yml")
-    assert "--expert org/base=FOLDER" in error.value.hint
-    close(bmm.merge_mergekit(models / "c.yml", models={"org/base": models / "base"})[NORM], BASE + A)
-    monkeypatch.chdir(models / "b")
-    close(bmm.merge_mergekit("../c.yml", models={"org/base": models / "base"})[NORM], BASE + A)
-    with pytest.raises(RecipeError, match="names no model 'org/bse'"):
-        bmm.merge_mergekit(models / "c.yml", models={"org/bse": models / "base"})
-
-
-@pytest.mark.parametrize(
-    ("keys", "option", "expected"),
-    [
-        ({}, "same", torch.float32), ({"dtype": "bfloat16"}, "same", torch.bfloat16),
-        ({"dtype": "bfloat16", "out_dtype": "float16"}, "same", torch.float16),
-        ({"dtype": "bfloat16"}, "float32", torch.float32),
-    ],
-)  # fmt: skip
-def test_the_dtype_is_the_recipes_or_what_the_models_promote_to(keys, option, expected, models):
-    write(models / "half", [1.5, 2.5, 3.5, 4.5], dtype=torch.float16)
-    raw = recipe(models, "linear", ["half", "a"], [{"weight": 1}] * 2, base="") | keys
-    out = bmm.merge_mergekit(raw, out=models / "out", dtype=option)
-    stored = load_file(out / "model.safetensors")
-    assert {stored[n].dtype for n in NAMES} == {expected}
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(expected).removeprefix("torch.")
-    close(stored[NORM].float(), (BASE + 0.5 + BASE + A) / 2)
-
-
-def test_the_recipe_and_its_models_are_on_the_card(models, capsys):
-    raw = recipe(models, "ties", "ab", [{"weight": [0, 1]}, {"weight": 0.25}], int8_mask=True)
-    text = "# ours\n" + yaml.safe_dump(raw)
-    (models / "c.yml").write_text(text)
-    with pytest.raises(SystemExit) as done:
-        main(["merge", "--from-mergekit", str(models / "c.yml"), "-o", str(models / "out"), "--json"])
-    assert done.value.code == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"checkpoint": str(models / "out")}
-    assert "note: parameters.int8_mask changes nothing" in shown.err
-    card = (models / "out" / "README.md").read_text()
-    assert "mergekit recipe `ties`" in card
-    assert text in card
-    assert (models / "out" / "mergekit_config.yml").read_text() == text
-    again = bmm.merge_mergekit(models / "out" / "mergekit_config.yml")
-    assert all(torch.equal(again[n], load_file(models / "out" / "model.safetensors")[n]) for n in NAMES)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--lam", "1"], ["--masks"], ["--anchor", "ties"], ["--weights", "a=1"], ["--trial", "1"]]
-)
-def test_flags_that_say_something_else_are_refused(flags, models, capsys):
-    (models / "c.yml").write_text(yaml.safe_dump(recipe(models, "ties")))
-    with pytest.raises(SystemExit) as done:
-        main(["merge", "--from-mergekit", str(models / "c.yml"), "-o", str(models / "out"), *flags])
-    assert done.value.code == 2
-    assert "drop" in capsys.readouterr().err
-
-
-def test_one_vocabulary_is_checked_where_the_recipe_asks_for_a_tokenizer(models):
-    def tokens(folder, **rows):
-        added = [{"id": 9, "content": "<x>"}]
-        text = json.dumps({"model": {"vocab": rows}, "added_tokens": added, "version": folder})
-        (models / folder / "tokenizer.json").write_text(text)
-
-    tokens("base", a=0, b=1)
-    tokens("a", b=1, a=0)
-    raw = recipe(models, "task_arithmetic", "a", [{"weight": 1}]) | {"tokenizer_source": "union"}
-    close(bmm.merge_mergekit(raw)[NORM], BASE + A)
-    tokens("a", a=1, b=0)
-    with pytest.raises(CheckpointError, match="other tokens"):
-        bmm.merge_mergekit(raw)
-    close(bmm.merge_mergekit({k: v for k, v in raw.items() if k != "tokenizer_source"})[NORM], BASE + A)
-    (models / "a" / "tokenizer.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="no tokenizer that can be read"):
-        bmm.merge_mergekit(raw)
-
-
-def test_filters_see_a_tied_weight_as_the_input_embedding(tmp_path):
-    for name, value in (("base", 0.0), ("a", 1.0)):
-        (tmp_path / name).mkdir()
-        model = {n: torch.full((2, 2), value) for n in ("lm_head.weight", EMBED)}
-        save_file(model, tmp_path / name / "model.safetensors")
-        (tmp_path / name / "config.json").write_text('{"tie_word_embeddings": true}')
-    weight = [{"filter": "lm_head", "value": 5.0}, {"filter": "embed_tokens", "value": 2.0}]
-    out = bmm.merge_mergekit(recipe(tmp_path, "task_arithmetic", "a", [{"weight": weight}]), out=tmp_path / "out")
-    stored = load_file(out / "model.safetensors")
-    assert stored[EMBED].tolist() == stored["lm_head.weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
-
-
-def test_models_that_do_not_fit_and_values_that_are_not_finite_are_named(models):
-    save_file({"other": torch.ones(2)}, models / "c" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="does not agree with the base"):
-        bmm.merge_mergekit(recipe(models, "ties", "ac", weight=1))
-    write(models / "nan", [1.0, math.nan, 0.0, 0.0])
-    with pytest.raises(BmmError, match="NaN"):
-        bmm.merge_mergekit(recipe(models, "ties", ["nan"], weight=1), out=models / "out")
-    assert not (models / "out").exists()
