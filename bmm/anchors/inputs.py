@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.agreement import on_disk
 from ..errors import MergeError
-from ..linalg import require_finite
+from ..linalg import largest, require_finite
 from ..notation import Tensors
 
 Progress = Callable[[str, int, int], None]
@@ -144,19 +144,31 @@ def _outline(checkpoint: Checkpoint, name: str) -> Tensor:
 
 @dataclass
 class _Ahead:
-    """The entries of a flattened tensor on disk that a slice asks for, read `AHEAD` pieces at once."""
+    """The entries of a flattened tensor on disk that a slice asks for, read `AHEAD` pieces at once.
+
+    What is narrower than float32 is read into the same memory again and again, which stays in the processor's cache: it
+    is copied when it is widened.
+    """
 
     checkpoint: Checkpoint
     name: str
     size: int
     start: int = 0
-    block: Tensor = field(default_factory=lambda: torch.empty(0))
+    block: Tensor = field(default_factory=lambda: torch.empty(0))  # what was read last
+    memory: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __call__(self, where: slice) -> Tensor:
         if not self.start <= where.start < where.stop <= self.start + self.block.numel():
             stop = min(max(where.stop, where.start + AHEAD * PIECE), self.size)
-            self.start, self.block = where.start, self.checkpoint.piece(self.name, where.start, stop)
+            self.start, self.block = where.start, self._room(stop - where.start)
+            self.checkpoint.fill(self.name, where.start, self.block)
         return self.block[where.start - self.start : where.stop - self.start]
+
+    def _room(self, count: int) -> Tensor:
+        dtype = self.checkpoint.info(self.name).dtype
+        if self.memory.dtype != dtype or len(self.memory) < count or dtype.itemsize > 2:
+            self.memory = torch.empty(count, dtype=dtype)
+        return self.memory[:count]
 
 
 def _widen(tensor: Tensor, label: str, known: bool = False) -> Tensor:
@@ -167,8 +179,8 @@ def _widen(tensor: Tensor, label: str, known: bool = False) -> Tensor:
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
     if known or not wide.numel():
         return wide
-    extreme = max(abs(float(x)) for x in torch.aminmax(tensor))  # faster over the bytes as stored
-    if not extreme < math.inf:
+    extreme = largest(tensor)  # faster over the bytes as stored
+    if not math.isfinite(extreme):
         require_finite(label, wide)
     return wide.double() if extreme > LARGE else wide
 

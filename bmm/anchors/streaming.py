@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import MergeError
 from ..groups import depth_of, relative_depths
-from ..linalg import require_finite
+from ..linalg import largest, require_finite
 from ..notation import StateDict, Tensors
 from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weighted_mean
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
@@ -31,11 +31,11 @@ def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _store(result: Tensor, into: Tensor, label: str) -> None:
     """Copy a merged piece (*shape) ``into`` its place (n,) as `narrow` would; `MergeError` for NaN and Inf."""
-    low, high = (float(x) for x in torch.aminmax(result))
-    if not (math.isfinite(low) and math.isfinite(high)):
+    extreme = largest(result)
+    if not math.isfinite(extreme):
         require_finite(label, result)
     limit = torch.finfo(into.dtype).max
-    into.copy_((result.clamp(-limit, limit) if max(-low, high) > limit else result).reshape(-1))
+    into.copy_((result.clamp(-limit, limit) if extreme > limit else result).reshape(-1))
 
 
 def checked_weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:

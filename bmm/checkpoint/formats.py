@@ -79,6 +79,10 @@ class TensorFile(Protocol):
         """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), else as `read`."""
         ...
 
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """The entries of the flattened tensor from ``start`` on into ``out`` (n,) of its dtype on the CPU, all of it."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileStamp:

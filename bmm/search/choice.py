@@ -22,7 +22,6 @@ from bmm.search.goal import Goal
 from bmm.search.space import Space
 from bmm.search.stopping import order_of_tasks
 from bmm.search.study import best
-from bmm.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 Measure = Callable[[Trial, Sequence[str]], Mapping[str, Array]]
@@ -46,6 +45,8 @@ def corrections(trials: Sequence[Trial], space: Space, method: str) -> dict[int,
     if method == "observed" or len(done) < 3:
         return {t.number: 0.0 for t in done}
     x = np.array([space.to_unit(space.point_of(t.hyperparameters)) for t in done])  # (n, d)
+    from bmm.search.surrogate import Surrogate  # scipy, which a merge does not need
+
     moved = Surrogate(x, y).mean(x) - y  # (n,)
     return {t.number: float(value) for t, value in zip(done, moved, strict=True)}
 
