@@ -249,18 +249,19 @@ def _run(job: Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]
     factor = _depth_factor(job, depths, state)
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
-    for done, name in enumerate(base, 1):
-        if name in left_out:
-            continue
-        if name in tied:
-            merged = shared[tied[name]]
-        else:
-            merged = job.merged(name, inputs.stored(name), depths[name], job.scale * factor(name), state)
-            if name in targets:
-                shared[name] = merged
-        yield name, merged
-        if inputs.progress:
-            inputs.progress("merge", done, len(base))
+    with inputs.staged(name for name in base if name not in left_out and name not in tied):
+        for done, name in enumerate(base, 1):
+            if name in left_out:
+                continue
+            if name in tied:
+                merged = shared[tied[name]]
+            else:
+                merged = job.merged(name, inputs.stored(name), depths[name], job.scale * factor(name), state)
+                if name in targets:
+                    shared[name] = merged
+            yield name, merged
+            if inputs.progress:
+                inputs.progress("merge", done, len(base))
 
 
 def _depth_factor(job: Job, depths: Mapping[str, float], state: Any) -> Callable[[str], float]:

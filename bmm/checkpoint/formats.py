@@ -80,7 +80,7 @@ class TensorFile(Protocol):
         ...
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
-        """The entries of the flattened tensor from ``start`` on into ``out`` (n,) of its dtype on the CPU, all of it."""
+        """The flattened tensor from entry ``start`` on, into all of ``out`` (n,), of its dtype and on the CPU."""
         ...
 
 

@@ -54,7 +54,8 @@ class Shard:
 
     def write(self, content: memoryview, offset: int) -> None:
         """All of ``content`` to its place in the open file."""
-        assert self.descriptor is not None and self.behind is not None
+        assert self.descriptor is not None
+        assert self.behind is not None
         while content:
             count = os.pwrite(self.descriptor, content[:WINDOW], offset)
             self.behind.wrote(offset, count)
