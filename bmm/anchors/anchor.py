@@ -196,8 +196,10 @@ def weighted_sum(taus: Tensor, weights: Tensor) -> Tensor:
 
 
 def total(taus: Tensor) -> Tensor:
-    """The sum over tasks, (T, *shape) -> (*shape), one task after the other: faster than a reduction over the first
-    dimension."""
+    """The sum over tasks, (T, *shape) -> (*shape), one task after the other.
+
+    Faster than a reduction over the first dimension, whose order depends on where in a tensor an entry lies.
+    """
     out = taus[0].clone() if len(taus) == 1 else taus[0] + taus[1]  # (*shape)
     for tau in taus[2:]:
         out += tau
