@@ -362,14 +362,18 @@ def main() -> None:
 
     if args.quick:
         args.layers, args.experts, args.images, args.batch, args.trials, args.solves = 2, 2, 16, 8, 5, 2
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
-    setting = {key: getattr(args, key) for key in ("layers", "experts", "images", "batch")}
-    (args.work / "setting.json").write_text(json.dumps(setting))
+    setting = json.dumps({key: getattr(args, key) for key in ("layers", "experts", "images", "batch")})
+    there, done = args.work / "setting.json", args.work / "collected.json"
+    if not there.exists() or there.read_text() != setting:
+        shutil.rmtree(args.work, ignore_errors=True)
+        args.work.mkdir(parents=True)
+        there.write_text(setting)
     pythons = {"bmm": Path(sys.executable), "fusion_bench": environment("fusion_bench")}
-    collected = both("collect", args.work, pythons, dict.fromkeys(SIDES, args.experts))
+    if not done.exists():  # Grams and timings are kept until the merges have been timed too
+        done.write_text(json.dumps(both("collect", args.work, pythons, dict.fromkeys(SIDES, args.experts))))
+    collected = json.loads(done.read_text())
     merged = both("merge", args.work, pythons, {"bmm": args.trials, "fusion_bench": args.solves})
-    shutil.rmtree(args.work / "grams")
+    shutil.rmtree(args.work)
     publish(args, "regmean", report(collected, merged, args))
 
 

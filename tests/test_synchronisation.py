@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bmm
+from bmm.evaluation import score_tasks
 from bmm.merging import prepare_model
 from bmm.recipe import Recipe
 from bmm.records import Hyperparameters
@@ -79,3 +81,23 @@ def test_the_merge_of_a_module_without_evidence_in_some_directions():
     assert module.remainder is not None
     with NoSynchronisation():
         module.merge(0.5, 0.9, 1.1)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation.name().split(".")[0] in READS
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_task_is_scored_with_one_number_read_however_many_batches():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    tasks = [bmm.Task(name, (x, x.argmax(1)), batch_size=7) for name in "ab"]
+    state = {"weight": torch.eye(4), "bias": torch.zeros(4)}
+    with Reads() as reads:
+        scores = score_tasks(torch.nn.Linear(4, 4), state, tasks)
+    assert [s.value for s in scores] == [1.0, 1.0]
+    assert reads.count == len(tasks)
