@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .errors import MergeError
 
+LARGE_PRODUCT = 1 << 24
+"""Multiplications from which on a product is worth being brought to oneDNN."""
+
 _FORMATS = {torch.float64: "d", torch.float32: "f", torch.float16: "e"}  # of `struct`
 
 
@@ -43,6 +46,21 @@ def largest(tensor: Tensor) -> float:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a floating tensor holds neither NaN nor Inf; see `largest`."""
     return math.isfinite(largest(tensor))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, (o, r) by (r, i): large float32 ones on the CPU by oneDNN, best where ``right.mT`` is contiguous.
+
+    torch gives them to MKL, which on processors of other makers than Intel leaves half of the vector units' width
+    unused: 97 GFLOP/s on one core of an AMD EPYC where oneDNN reaches 220. What is differentiated is left to torch.
+    """
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 2 for t in (left, right))
+    watched = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    small = left.shape[-2] * left.shape[-1] * right.shape[-1] < LARGE_PRODUCT
+    if not plain or watched or small or not torch.backends.mkldnn.is_available():
+        return left @ right
+    turned = right.mT.contiguous().to_mkldnn()
+    return torch.nn.functional.linear(left.contiguous().to_mkldnn(), turned).to_dense()
 
 
 def require_finite(name: str, *tensors: Tensor) -> None:

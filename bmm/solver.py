@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .errors import MergeError
 from .grams.spectrum import Spectrum, decompose, task_weights
-from .linalg import require_finite
+from .linalg import product, require_finite
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -85,7 +85,7 @@ class PreparedModule:
         regression_share = self._regression_share(lam)  # (r,)
         anchor_share = scalar(anchor_scale, self.w0) * (1 - regression_share)  # (r,)
         kept = self.regression * self._compute(regression_share) + self.anchor_part * self._compute(anchor_share)
-        update = kept @ self.basis  # (o, i)
+        update = product(kept, self.basis)  # (o, i)
         if self.remainder is not None:
             update = update + scalar(anchor_scale, self.w0) * self.remainder  # (o, i)
         return self._restore(self.w0 + scalar(rho, self.w0) * update)

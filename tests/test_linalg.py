@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bmm.linalg import all_finite, largest
+from bmm import linalg
+from bmm.linalg import all_finite, largest, product
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -38,3 +39,24 @@ def test_what_is_not_finite_is_found_among_anything(dtype, value):
     y = torch.tensor([math.nan, math.inf, 1.0], dtype=dtype)
     assert math.isnan(largest(y))
     assert all_finite(x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_products_are_products(turned, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(40, 301, generator=generator), torch.randn(301, 77, generator=generator)
+    right = right.mT.contiguous().mT if turned else right
+    monkeypatch.setattr(linalg, "LARGE_PRODUCT", 1)
+    exact = left.double() @ right.double()
+    for a, b in ((left, right), (left[::2], right[:, ::3]), (left.mT[:60].mT, right[:60])):
+        wanted = a.double() @ b.double()
+        found = product(a, b)
+        assert found.layout == torch.strided
+        assert float((found - wanted).abs().max()) < 2e-6 * float(exact.abs().max())
+    with torch.inference_mode():
+        assert torch.equal(product(left, right), product(left, right))
+    assert torch.equal(product(left.double(), right.double()), exact)
+    scale = torch.tensor(2.0, requires_grad=True)
+    product(scale * left, right).sum().backward()
+    torch.testing.assert_close(float(scale.grad), float(exact.sum()), rtol=1e-3, atol=1e-2)
+    assert product(left.to("meta"), right.to("meta")).shape == (40, 77)
