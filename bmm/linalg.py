@@ -49,7 +49,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, (o, r) by (r, i): large float32 ones on the CPU by oneDNN, best where ``right.mT`` is contiguous.
+    """``left @ right``, (o, r) by (r, i): large float32 ones on the CPU by oneDNN, best with a contiguous ``right.mT``.
 
     torch gives them to MKL, which on processors of other makers than Intel leaves half of the vector units' width
     unused: 97 GFLOP/s on one core of an AMD EPYC where oneDNN reaches 220. What is differentiated is left to torch.
