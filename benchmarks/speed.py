@@ -66,7 +66,7 @@ def solver_rows(rounds: int) -> list[list[str]]:
 def suggestion_seconds(name: str, dimensions: int, trials: int) -> float:
     """Median seconds an engine takes for a suggestion over a study of a smooth function."""
     space = Space.for_groups([f"g{k}" for k in range(dimensions // 2)])
-    engine = build_engine(name, space, 0, {"t": 1.0})
+    engine = build_engine(name, space, 0)
     rows: list[Trial] = []
     times = []
     for number in range(trials):

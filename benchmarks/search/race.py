@@ -45,11 +45,10 @@ MARKS = (15, 25, 50, 100, 200)
 def run(problem: Problem, engine: str, seed: int, budget: int) -> dict[str, Any]:
     """One study in memory: the smooth objective of the best trial so far after each trial."""
     space, started = problem.space, time.perf_counter()
-    shares = dict.fromkeys(problem.tasks, 1 / len(problem.tasks))
     name, _, refined = engine.partition("+")
 
     def build(tied: Space) -> Engine:
-        return build_engine(name, tied, seed, shares)
+        return build_engine(name, tied, seed)
 
     suggester = build(space)
     if refined:

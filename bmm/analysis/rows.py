@@ -10,6 +10,7 @@ from bmm.errors import StudyError
 from bmm.records import Trial
 from bmm.search.goal import Goal
 from bmm.search.gp import Array
+from bmm.search.prior import prior_of
 from bmm.search.space import LOG10_LAM, RHO, Space
 from bmm.search.study import best
 from bmm.search.surrogate import Surrogate
@@ -53,7 +54,7 @@ def analyse_rows(
         )
     x = np.array([space.to_unit(space.point_of(t.hyperparameters)) for t in done])  # (n, d)
     y = np.array([t.objective for t in done], dtype=np.float64)  # (n,)
-    surrogate = Surrogate(x, y)
+    surrogate = Surrogate(x, y, prior=prior_of(space))
     winner = done.index(best(done, goal))
     importance = _importance(surrogate, space)
     rank = {found.parameter: place for place, found in enumerate(importance)}

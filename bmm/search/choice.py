@@ -45,9 +45,10 @@ def corrections(trials: Sequence[Trial], space: Space, method: str) -> dict[int,
     if method == "observed" or len(done) < 3:
         return {t.number: 0.0 for t in done}
     x = np.array([space.to_unit(space.point_of(t.hyperparameters)) for t in done])  # (n, d)
-    from bmm.search.surrogate import Surrogate  # scipy, which a merge does not need
+    from bmm.search.prior import prior_of  # these need scipy, and a merge does without
+    from bmm.search.surrogate import Surrogate
 
-    moved = Surrogate(x, y).mean(x) - y  # (n,)
+    moved = Surrogate(x, y, prior=prior_of(space)).mean(x) - y  # (n,)
     return {t.number: float(value) for t, value in zip(done, moved, strict=True)}
 
 

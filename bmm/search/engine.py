@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,13 +61,13 @@ class EngineRow:
         if missing := self._missing():
             raise cannot_load(name, f"{' and '.join(missing)} not installed")
 
-    def build(self, space: Space, seed: int, shares: Mapping[str, float], goal: Goal | None = None) -> Engine:
+    def build(self, space: Space, seed: int, goal: Goal | None = None) -> Engine:
         module, _, name = self.place.partition(":")
         made = getattr(importlib.import_module(f"bmm.search.engines.{module}"), name)
         if goal is None or goal.plain:
-            engine: Engine = made(space, seed, shares)
+            engine: Engine = made(space, seed)
             return engine
-        return made(space, seed, {}, goal) if self.goals else Penalised(made(space, seed, {}), goal)
+        return made(space, seed, goal) if self.goals else Penalised(made(space, seed), goal)
 
     def _missing(self) -> list[str]:
         return [module for module in self.needs if importlib.util.find_spec(module) is None]
@@ -86,12 +86,12 @@ class Penalised:
 ENGINES: dict[str, EngineRow] = {
     "botorch": EngineRow(
         "botorch:BotorchEngine",
-        "Gaussian processes of the task scores, noisy expected improvement (BoTorch)",
+        "Gaussian process under what is known of lam and rho, noisy expected improvement (BoTorch)",
         goals=True,
     ),
     "ax": EngineRow("ax:AxEngine", "Ax's client as it comes: Gaussian process of the mean, noisy expected improvement"),
     "turbo": EngineRow(
-        "turbo:TurboEngine", "the models of botorch inside a trust region that moves and shrinks (TuRBO)"
+        "turbo:TurboEngine", "the model of botorch inside a trust region that moves and shrinks (TuRBO)"
     ),
     "saasbo": EngineRow(
         "saasbo:SaasboEngine",
@@ -105,16 +105,12 @@ ENGINES: dict[str, EngineRow] = {
 }
 
 
-def build_engine(
-    name: str, space: Space, seed: int, shares: Mapping[str, float] | None = None, goal: Goal | None = None
-) -> Engine:
+def build_engine(name: str, space: Space, seed: int, goal: Goal | None = None) -> Engine:
     """The engine of that name, or `RecipeError` naming the close ones.
 
-    ``shares`` gives what each task's score counts in the objective, ``objective = sum_t shares[t] * scores[t]``;
-    without it an engine sees the objective alone. ``goal`` is what the study is after where that is another goal than
-    such a sum.
+    ``goal`` is what the study is after where that is another goal than a weighted mean, which the objectives tell.
     """
-    return engine_row(name).build(space, seed, shares or {}, goal)
+    return engine_row(name).build(space, seed, goal)
 
 
 def engine_row(name: str) -> EngineRow:

@@ -123,14 +123,6 @@ def order_of_tasks(tasks: Sequence[str], seed: int, number: int) -> list[str]:
     return [sorted(tasks)[i] for i in generator.permutation(len(tasks))]
 
 
-def with_expected_scores(rows: Sequence[Trial], coefficients: Mapping[str, float]) -> list[dict[str, float]]:
-    """The scores of completed and stopped rows on every task: those of stopped ones as all completed rows forecast."""
-    if all(row.status == "completed" for row in rows):
-        return [row.scores for row in rows]
-    forecaster = Forecaster([row.scores for row in rows if row.status == "completed"], coefficients)
-    return [row.scores if row.status == "completed" else forecaster(row.scores).scores for row in rows]
-
-
 def _shrunk(covariance: Array, trials: int) -> Array:
     """The covariance, (T, T), mixed with one that has its variances and their mean correlation everywhere."""
     covariance = np.atleast_2d(covariance)

@@ -79,7 +79,7 @@ def run_study(
     check_stopping(early_stopping, goal, floor or {}, objectives)
 
     def build(tied: Space) -> Engine:
-        return build_engine(engine, tied, seed, aim.coefficients(), aim)
+        return build_engine(engine, tied, seed, aim)
 
     suggester, staged = build(space), dict[str, Any]()
     if refine:

@@ -9,7 +9,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.spatial.distance import cdist
 
 from bmm.search import gp
-from bmm.search.gp import Array, Hyper
+from bmm.search.gp import Array, Hyper, Prior
 
 
 class Surrogate:
@@ -18,15 +18,16 @@ class Surrogate:
     All answers are in the units of ``y`` and, but for `leave_one_out`, about the function without its noise.
 
     Attributes:
-        hyper: Fitted to the data unless given; in units of the standardised outcomes ``(y - centre) / scale``.
+        hyper: Fitted to the data under ``prior`` unless given; in units of the standardised outcomes
+            ``(y - centre) / scale``.
         alpha: (noisy kernel)^-1 (standardised outcome - mean): (n,).
     """
 
-    def __init__(self, x: Array, y: Array, hyper: Hyper | None = None) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Array, y: Array, hyper: Hyper | None = None, prior: Prior | None = None) -> None:
+        self.x, self.y, self._prior = x, y, prior
         standard, centre, scale = gp.standardised(y)  # (n,), (1,), (1,)
         self.centre, self.scale = float(centre[0]), float(scale[0])
-        self.hyper = gp.fit(gp.squared_differences(x), standard) if hyper is None else hyper
+        self.hyper = gp.fit(gp.squared_differences(x), standard, prior=prior) if hyper is None else hyper
         self.residual = standard - self.hyper.mean  # (n,)
         noisy = self.kernel(x, x) + self.hyper.noise * np.eye(len(x))
         self.factor: Array = cho_factor(noisy, lower=True)[0]
@@ -80,7 +81,7 @@ class Surrogate:
         means = np.empty(len(self.y))
         for number in range(min(folds, len(self.y))):
             out = fold == number
-            means[out] = Surrogate(self.x[~out], self.y[~out]).mean(self.x[out])
+            means[out] = Surrogate(self.x[~out], self.y[~out], prior=self._prior).mean(self.x[out])
         return means
 
     def _moments(self, total: float, prior: float, cross: Array) -> tuple[Array, Array]:

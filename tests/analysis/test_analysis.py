@@ -92,7 +92,7 @@ def test_noise_is_not_predicted(seed):
     rows = rows_at(GROUPS, sobol_points(40, len(GROUPS)), lambda unit: 0.8 + 0.01 * generator.standard_normal())
     found = analyse_rows(rows, GROUPS, EXPERTS).prediction
     assert found.r2_refitted < 0.1
-    assert found.r2_refitted < found.r2
+    assert found.r2 < 0.25
     assert found.coverage >= 0.85
 
 

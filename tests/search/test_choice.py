@@ -71,7 +71,7 @@ def test_the_model_does_not_believe_in_a_lucky_neighbour_of_bad_trials():
     assert winner.number == 13
     assert (choice.trial, choice.observed, choice.candidates) == (13, 3, [])
     moved = corrections(trials, SPACE, "model")
-    assert trials[3].objective + moved[3] == pytest.approx(0.64, abs=0.02)
+    assert trials[3].objective + moved[3] == pytest.approx(0.64, abs=0.06)
     assert set(corrections(trials, SPACE, "observed").values()) == {0.0}
 
 

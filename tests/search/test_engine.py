@@ -19,7 +19,7 @@ from bmm.records import Trial
 from bmm.search.engine import ENGINES, build_engine
 from bmm.search.engines import ax as ax_module
 from bmm.search.engines.ax import AxEngine
-from bmm.search.engines.botorch import TASK_MODEL_TRIALS, BotorchEngine
+from bmm.search.engines.botorch import BotorchEngine
 from bmm.search.engines.common import SOBOL_TRIALS, SobolEngine, seeded
 from bmm.search.space import Space
 from tests.search.problem import REFERENCE, SPACE
@@ -35,7 +35,6 @@ def marked(names):
 
 
 MODELS = list(marked(name for name in ENGINES if name != "sobol"))
-SHARES = {task: 1 / value / len(REFERENCE) for task, value in REFERENCE.items()}
 ODD_SPACE = Space.for_groups(["encoder.layers/0-3 (q, k)", "x0", "mean"])
 
 
@@ -47,26 +46,26 @@ def units(rows, space=SPACE):
 def test_contract_of_every_engine(name):
     """Points inside the box, a pure function of space, seed and rows, another for another seed."""
     rows = rows_of(SPACE, 9)
-    suggestion = build_engine(name, SPACE, 3, SHARES).ask(rows)
+    suggestion = build_engine(name, SPACE, 3).ask(rows)
     assert not suggestion.notice
     assert all(p.low <= suggestion.point[p.name] <= p.high for p in SPACE.parameters)
     assert suggestion.point.keys() == {p.name for p in SPACE.parameters}
-    used = build_engine(name, SPACE, 3, SHARES)
+    used = build_engine(name, SPACE, 3)
     used.ask(rows[:8])
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002  another state of the global generators
     random.seed(99)
     assert used.ask(rows) == suggestion
-    assert build_engine(name, SPACE, 4, SHARES).ask(rows).point != suggestion.point
+    assert build_engine(name, SPACE, 4).ask(rows).point != suggestion.point
     number = len(rows)
     repeated = Trial(number, "search", "failed", SPACE.to_hyperparameters(suggestion.point), error="OOM")
-    assert build_engine(name, SPACE, 3, SHARES).ask([*rows, repeated]).point != suggestion.point
+    assert build_engine(name, SPACE, 3).ask([*rows, repeated]).point != suggestion.point
 
 
 @pytest.mark.parametrize("name", marked(ENGINES))
 def test_an_engine_leaves_the_process_as_it_was(name):
     rows = rows_of(SPACE, 9)
-    build_engine(name, SPACE, 0, SHARES).ask(rows)  # the imports' own side effects on loggers are not at stake
+    build_engine(name, SPACE, 0).ask(rows)  # the imports' own side effects on loggers are not at stake
     torch.manual_seed(5)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -87,7 +86,7 @@ def test_an_engine_leaves_the_process_as_it_was(name):
 
     before = state()
     with torch.inference_mode():
-        inside = build_engine(name, SPACE, 0, SHARES).ask(rows)
+        inside = build_engine(name, SPACE, 0).ask(rows)
     assert not inside.notice
     assert state() == before
     torch.set_num_threads(threads)
@@ -103,7 +102,7 @@ def test_sobol_points_fill_the_box_evenly():
 @pytest.mark.parametrize("name", [name for name in ENGINES if name not in ("sobol", "cma")])
 def test_the_first_points_are_quasi_random_and_failures_do_not_use_them_up(name):
     rows = rows_of(SPACE, 2 + SOBOL_TRIALS)
-    engine, sobol = build_engine(name, SPACE, 7, SHARES), SobolEngine(SPACE, 7)
+    engine, sobol = build_engine(name, SPACE, 7), SobolEngine(SPACE, 7)
     for count in range(2, len(rows)):
         assert engine.ask(rows[:count]) == sobol.ask(rows[:count])
     failed = [*rows[:-1], replace(rows[-1], status="failed", objective=None, scores={})]
@@ -112,15 +111,14 @@ def test_the_first_points_are_quasi_random_and_failures_do_not_use_them_up(name)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_names_with_a_meaning_to_ax_and_an_anchor_at_infinity_are_no_trouble(name):
-    suggestion = build_engine(name, ODD_SPACE, 0, SHARES).ask(rows_of(ODD_SPACE, 8))
+    suggestion = build_engine(name, ODD_SPACE, 0).ask(rows_of(ODD_SPACE, 8))
     assert not suggestion.notice
     assert suggestion.point.keys() == {p.name for p in ODD_SPACE.parameters}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("shares", [{}, SHARES], ids=["objective", "tasks"])
 @pytest.mark.parametrize("values", ["equal", "huge", "tiny"])
-def test_objectives_of_any_scale(name, shares, values):
+def test_objectives_of_any_scale(name, values):
     rows = [row for row in rows_of(SPACE, 10) if row.status == "completed"]
     scale = {"equal": 0.0, "huge": 1e12, "tiny": 1e-12}[values]
     rows = [
@@ -131,7 +129,7 @@ def test_objectives_of_any_scale(name, shares, values):
         )
         for row in rows
     ]
-    suggestion = build_engine(name, SPACE, 0, shares).ask(rows)
+    suggestion = build_engine(name, SPACE, 0).ask(rows)
     assert not suggestion.notice
     assert all(p.low <= suggestion.point[p.name] <= p.high for p in SPACE.parameters)
 
@@ -139,11 +137,11 @@ def test_objectives_of_any_scale(name, shares, values):
 @pytest.mark.parametrize("name", MODELS)
 def test_failed_and_pending_rows_are_taken_and_avoided(name):
     rows = rows_of(SPACE, 10)
-    plain = build_engine(name, SPACE, 0, SHARES).ask(rows)
+    plain = build_engine(name, SPACE, 0).ask(rows)
     hyperparameters = SPACE.to_hyperparameters(plain.point)
     for status in ("failed", "pending"):
         row = Trial(10, "search", status, hyperparameters)
-        after = build_engine(name, SPACE, 0, SHARES).ask([*rows, row])
+        after = build_engine(name, SPACE, 0).ask([*rows, row])
         assert not after.notice
         distance = np.abs(SPACE.to_unit(after.point) - SPACE.to_unit(plain.point)).max()
         assert distance > 1e-3
@@ -151,7 +149,7 @@ def test_failed_and_pending_rows_are_taken_and_avoided(name):
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name not in ("sobol", "cma")])
 def test_before_enough_trials_have_ended_points_are_quasi_random_however_many_are_pending(name):
-    engine, sobol = build_engine(name, SPACE, 7, SHARES), SobolEngine(SPACE, 7)
+    engine, sobol = build_engine(name, SPACE, 7), SobolEngine(SPACE, 7)
     rows = [replace(row, status="pending", objective=None, scores={}) for row in rows_of(SPACE, 2 + 2 * SOBOL_TRIALS)]
     assert engine.ask(rows) == sobol.ask(rows)
 
@@ -159,7 +157,7 @@ def test_before_enough_trials_have_ended_points_are_quasi_random_however_many_ar
 @pytest.mark.parametrize("name", MODELS)
 def test_points_asked_for_while_others_are_pending_all_differ(name):
     rows = rows_of(SPACE, 9)
-    engine = build_engine(name, SPACE, 0, SHARES)
+    engine = build_engine(name, SPACE, 0)
     for number in range(9, 14):
         suggestion = engine.ask(rows)
         assert not suggestion.notice
@@ -182,7 +180,7 @@ def test_the_forecasts_of_stopped_rows_count(name):
             else r
             for r in rows
         ]
-        suggestion = build_engine(name, SPACE, 0, SHARES).ask(stopped)
+        suggestion = build_engine(name, SPACE, 0).ask(stopped)
         assert not suggestion.notice
         points.append(suggestion.point)
     assert points[0] != points[1]
@@ -244,7 +242,7 @@ def test_where_ax_fails_a_quasi_random_point_is_taken_and_noted(monkeypatch, ans
 def test_a_broken_installation_is_an_error_not_a_random_search(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(StudyError, match=f"'{name}' cannot be loaded") as caught:
-        build_engine(name, SPACE, 0, SHARES).ask(rows_of(SPACE, 9))
+        build_engine(name, SPACE, 0).ask(rows_of(SPACE, 9))
     extra = ENGINES[name].extra
     assert f"pip install --upgrade 'bmm-tuner{f'[{extra}]' if extra else ''}'" in caught.value.hint
 
@@ -282,16 +280,27 @@ def test_global_generators_come_back_even_from_an_error():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_few_trials_are_modelled_by_task_and_many_by_their_objective():
-    engine = BotorchEngine(SPACE, 0, SHARES)
-    rows = [row for row in rows_of(SPACE, TASK_MODEL_TRIALS + 8) if row.status == "completed"]
-    few = [row.objective for row in rows[: TASK_MODEL_TRIALS - 1]]
-    scores, coefficients = engine._outcomes(rows[: len(few)])
-    assert scores.shape == (len(REFERENCE), len(few))
-    np.testing.assert_allclose(coefficients @ scores, few, rtol=1e-12)
-    objective, one = engine._outcomes(rows[:TASK_MODEL_TRIALS])
-    assert one.tolist() == [1.0]
-    assert objective.tolist() == [[row.objective for row in rows[:TASK_MODEL_TRIALS]]]
+def test_a_failure_is_told_in_one_line():
+    class Wordy(BotorchEngine):
+        def suggest(self, number, rows, tried):
+            raise RuntimeError("tensor([0.1, " + "0.2, " * 100 + "\n 0.3])")
+
+    notice = Wordy(SPACE, 0).ask(rows_of(SPACE, 9)).notice
+    assert notice.startswith("BoTorch failed (RuntimeError: tensor([0.1, 0.2")
+    assert len(notice) < 200
+    assert "\n" not in notice
+
+
+def test_candidates_stay_in_the_box_and_half_of_them_near_the_best():
+    engine, box = BotorchEngine(SPACE, 0), np.stack([np.full(len(SPACE), 0.4), np.full(len(SPACE), 0.7)])
+    near = np.full((1, len(SPACE)), 0.69)
+    found = engine._candidates(3, box, near)
+    assert ((found >= box[0]) & (found <= box[1])).all()
+    half = len(found) // 2
+    assert abs(found[:half].mean() - 0.55) < 0.01
+    assert np.abs(found[half:] - 0.69).mean() < 0.06
+    assert (found[half:] == 0.69).any(1).mean() > 0.5  # many steps move some parameters alone
+    np.testing.assert_array_equal(found, BotorchEngine(SPACE, 0)._candidates(3, box, near))
 
 
 def test_unknown_engine():

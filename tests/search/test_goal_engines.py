@@ -11,11 +11,13 @@ from bmm.records import Trial
 from bmm.search.database import StudyDatabase
 from bmm.search.engine import ENGINES, Penalised, build_engine
 from bmm.search.engines import goals
-from bmm.search.engines.botorch import BotorchEngine, _model_class
+from bmm.search.engines.botorch import BotorchEngine
 from bmm.search.engines.processes import processes_class
 from bmm.search.goal import Goal
+from bmm.search.prior import prior_of
 from bmm.search.space import Space
 from bmm.search.study import best, run_study
+from bmm.search.surrogate import Surrogate
 from tests.search.problem import REFERENCE, SPACE
 from tests.search.study_rows import rows_of
 
@@ -36,7 +38,7 @@ def judged(rows, goal):
 
 
 def engine_of(name, goal, seed=3):
-    return build_engine(name, SPACE, seed, goal.coefficients(), goal)
+    return build_engine(name, SPACE, seed, goal)
 
 
 @pytest.mark.parametrize("kind", GOALS)
@@ -69,52 +71,54 @@ def test_failed_rows_are_avoided(kind):
 
 
 @pytest.mark.parametrize("kind", ["floor", "two", "geometric"])
-def test_many_trials_are_modelled_by_objective(kind):
+def test_smooth_goals_are_modelled_by_objective_and_floors_by_task(kind):
     goal = Goal.of(REFERENCE, **GOALS[kind])
     rows = judged([r for r in rows_of(SPACE, 36) if r.status == "completed"], goal)
-    few, many = (goals.outcomes_of(goal, rows, by_task) for by_task in (True, False))
+    outcomes = goals.outcomes_of(goal, rows)
     values = np.array([list(goal.values(r.scores).values()) for r in rows])  # (n, k)
-    for outcomes in (few, many):
-        samples = goals._objectives(outcomes)(torch.from_numpy(outcomes.values.T))  # (n, k)
-        np.testing.assert_allclose(samples.numpy(), values, rtol=1e-12)
-        for row, floor in outcomes.floors.items():
-            task = list(goal.floors)[list(outcomes.floors).index(row)]
-            assert goal.floors[task] == floor
-            np.testing.assert_allclose(outcomes.values[row], [r.scores[task] / REFERENCE[task] for r in rows])
-    assert len(few.values) == {"floor": 8, "two": 4, "geometric": 8}[kind]
-    assert len(many.values) == {"floor": 9, "two": 2, "geometric": 1}[kind]
+    samples = goals._objectives(outcomes)(torch.from_numpy(outcomes.values.T))  # (n, k)
+    np.testing.assert_allclose(samples.numpy(), values, rtol=1e-12)
+    for row, floor in outcomes.floors.items():
+        task = list(goal.floors)[list(outcomes.floors).index(row)]
+        assert goal.floors[task] == floor
+        np.testing.assert_allclose(outcomes.values[row], [r.scores[task] / REFERENCE[task] for r in rows])
+    assert len(outcomes.values) == {"floor": 9, "two": 2, "geometric": 1}[kind]
     assert not engine_of("botorch", goal).ask(rows).notice
 
 
-def test_the_worst_task_is_always_modelled_by_task():
+def test_the_worst_task_is_modelled_by_task():
     rows = judged(rows_of(SPACE, 4), goal := Goal.of(REFERENCE, kind="worst"))
-    assert len(goals.outcomes_of(goal, rows, by_task=False).values) == 8
+    outcomes = goals.outcomes_of(goal, rows)
+    assert len(outcomes.values) == 8
+    samples = goals._objectives(outcomes)(torch.from_numpy(outcomes.values.T))  # (n, 1)
+    np.testing.assert_allclose(samples[:, 0].numpy(), [goal.value(r.scores) for r in rows], rtol=1e-12)
 
 
 def test_as_long_as_no_trial_keeps_the_floors_the_chance_of_doing_so_is_maximised():
     impossible, easy = Goal.of(REFERENCE, floor={"*": 1.4}), Goal.of(REFERENCE, floor={"*": 1e-3})
     rows = [row for row in judged(rows_of(SPACE, 9), easy) if row.status == "completed"]
     x = np.array([SPACE.to_unit(SPACE.point_of(r.hyperparameters)) for r in rows])
-    names = [type(goals.acquisition(g, x, rows, None, by_task=True, seed=0)).__name__ for g in (impossible, easy)]
+    names = [
+        type(goals.acquisition(g, x, rows, None, prior=prior_of(SPACE), seed=0)).__name__ for g in (impossible, easy)
+    ]
     assert names == ["qLogProbabilityOfFeasibility", "qLogNoisyExpectedImprovement"]
     assert not engine_of("botorch", impossible).ask(rows).notice
 
 
-def test_the_processes_posterior_agrees_with_the_sum_of_them():
+def test_the_posterior_of_the_processes_is_that_of_each_by_itself():
     rows = [r for r in rows_of(SPACE, 12) if r.status == "completed"]
     x = np.array([SPACE.to_unit(SPACE.point_of(r.hyperparameters)) for r in rows])
     scores = np.array([[r.scores[t] for r in rows] for t in REFERENCE])
-    coefficients = np.linspace(0.5, 1.5, len(scores))
-    processes, total = processes_class()(x, scores), _model_class()(x, scores, coefficients)
+    processes = processes_class()(x, scores, prior_of(SPACE))
     at = torch.rand(3, 2, x.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    several, one = processes.posterior(at), total.posterior(at)
-    unit = np.sqrt(((coefficients * processes.deviations.numpy()) ** 2).sum())
-    weights = torch.from_numpy(coefficients)
-    shift = float((weights * processes.means).sum())
-    torch.testing.assert_close((several.mean * weights).sum(-1), one.mean[..., 0] * unit + shift, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(
-        (several.variance * weights**2).sum(-1), one.variance[..., 0] * unit**2, rtol=1e-4, atol=1e-9
-    )
+    several = processes.posterior(at)
+    for k, column in enumerate(scores):
+        surrogate = Surrogate(x, column, prior=prior_of(SPACE))
+        for i in range(3):
+            np.testing.assert_allclose(several.mean[i, :, k], surrogate.mean(at[i].numpy()), rtol=1e-6)
+            for j in range(2):
+                _, sd = surrogate.combination(at[i, j : j + 1].numpy(), np.ones(1))
+                np.testing.assert_allclose(several.variance[i, j, k].sqrt(), sd, rtol=1e-4)
     drawn = several.rsample(torch.Size([4000]))
     assert drawn.shape == (4000, 3, 2, 8)
     error = (drawn.mean(0) - several.mean).abs() / several.variance.sqrt()

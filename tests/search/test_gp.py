@@ -58,6 +58,20 @@ def test_the_loss_has_the_right_gradient():
         assert check_grad(lambda t: loss(t)[0], lambda t: loss(t)[1], theta) < 1e-4
 
 
+def test_the_loss_has_the_right_gradient_under_any_prior():
+    x, y = data()
+    prior = gp.Prior.around(np.array([0.3, 0.5, 1.0, 2.0]), 0.4)
+    loss = gp.Loss(gp.squared_differences(x), y, prior=prior)
+    theta = np.array([-1.0, 0.2, 0.4, 1.0, -2.5, 0.3])
+    assert check_grad(lambda t: loss(t)[0], lambda t: loss(t)[1], theta) < 1e-4
+
+
+def test_the_fit_is_the_priors_mode_where_nothing_is_known():
+    prior = gp.Prior.around(np.array([0.3, 2.0]), 0.4)
+    found = gp.fit(gp.squared_differences(np.array([[0.5, 0.5]])), np.zeros(1), prior=prior)
+    np.testing.assert_allclose(found.lengthscales, [0.3, 2.0], rtol=1e-4)
+
+
 def test_known_variances_are_not_taken_for_signal():
     x, y = data()
     noisy = y + np.random.default_rng(1).standard_normal(len(y))

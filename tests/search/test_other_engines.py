@@ -190,11 +190,10 @@ def test_a_collapsed_region_is_followed_by_a_fresh_design():
 
 def test_a_fresh_region_of_stopped_rows_alone_is_modelled_too():
     rows = collapsed(turbo.failures_tolerated(D))
-    shares = dict.fromkeys(["a", "b"], 0.5)
     begun = len(rows)
     for number in range(begun, begun + SOBOL_TRIALS + 1):
         rows.append(replace(row(number, 0.05 + 0.001 * number, status="stopped"), scores={"a": 0.1}))
-    suggestion = TurboEngine(SPACE, 0, shares).ask(rows)
+    suggestion = TurboEngine(SPACE, 0).ask(rows)
     assert not suggestion.notice
     assert suggestion != SobolEngine(SPACE, 0).ask(rows)
 
@@ -212,7 +211,9 @@ def test_turbo_stays_near_the_best_point_where_its_parent_does_not_have_to():
     low, high = engine.box(model, points, small)
     assert ((low <= points[best]) & (points[best] <= high)).all()
     assert (high - low).min() < 0.5
-    unit = SPACE.to_unit(engine.ask(small).point)
+    suggestion = engine.ask(small)
+    assert not suggestion.notice
+    unit = SPACE.to_unit(suggestion.point)
     assert ((low - 1e-6 <= unit) & (unit <= high + 1e-6)).all()
 
 

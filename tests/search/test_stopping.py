@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bmm.errors import StudyError
 from bmm.records import Hyperparameters, Trial
 from bmm.search.database import StudyDatabase
-from bmm.search.stopping import MIN_TRIALS, Forecaster, Stopper, order_of_tasks, with_expected_scores
+from bmm.search.stopping import MIN_TRIALS, Forecaster, Stopper, order_of_tasks
 from bmm.search.study import best, run_study
 from tests.search.problem import REFERENCE, SPACE, evaluate, outcomes
 
@@ -112,15 +112,6 @@ def test_a_loser_is_stopped_after_few_tasks_and_a_winner_never():
         assert stopper.scores(Trial(20, kind, "pending", Hyperparameters({}, {})), trials, bad)[1] is None
     later = [Trial(t.number + 21, t.kind, t.status, t.hyperparameters, t.scores, t.objective) for t in trials]
     assert stopper.scores(new, later, bad)[1] is None  # rows that came after it do not count
-
-
-def test_expected_scores_keep_what_was_measured():
-    rows = trials_of(drawn(12))
-    stopped = Trial(12, "search", "stopped", Hyperparameters({}, {}), {"t2": 0.4}, 0.5)
-    complete = with_expected_scores([*rows, stopped], EQUAL)
-    assert complete[:12] == [row.scores for row in rows]
-    assert complete[12]["t2"] == 0.4
-    assert sorted(complete[12]) == TASKS
 
 
 def study(path, engine="sobol", budget=30, **kwargs):

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from bmm.records import Trial
+from bmm.search import gp
 from bmm.search.engines import goals
-from bmm.search.engines.common import ModelEngine
+from bmm.search.engines.common import ModelEngine, quasi_random
 from bmm.search.engines.processes import Array, processes_class
 from bmm.search.goal import Goal
+from bmm.search.prior import prior_of
 from bmm.search.space import Space, UnitPoint
-from bmm.search.stopping import with_expected_scores
 
-TASK_MODEL_TRIALS = 25
-"""Below so many completed trials every task has a Gaussian process of its own; from there on the objective has one."""
-
-_RESTARTS, _RAW_SAMPLES = 4, 256
+_STARTS, _CANDIDATES = 4, 512
+_NEAR = 5  # so many of the best points have candidates around them
+_STEPS = (0.05, 0.2)  # their distances, of the unit cube's edge
+_MOVED = (0.2, 0.5, 1.0)  # the share of parameters that differ
 
 
 class BotorchEngine(ModelEngine):
     """Bayesian optimisation of the unit cube.
 
-    Few trials tell more where each task's scores are modelled by themselves and summed, many where the objective is
-    modelled alone (docs/LOG.md has the figures); the engine changes from one to the other at
-    `TASK_MODEL_TRIALS`. The acquisition is qLogNEI (arXiv 2310.20708), which takes noise in the best trial into
+    The objective has one Gaussian process, whose prior knows how fast it changes along lam and rho
+    (`bmm.search.prior`). The acquisition is qLogNEI (arXiv 2310.20708), which takes noise in the best trial into
     account. Pending and failed rows count as pending: neither is suggested again. Of stopped trials the forecast
     counts. Goals other than a weighted mean are in `bmm.search.engines.goals`.
     """
 
     key, name = "botorch", "BoTorch"
 
-    def __init__(
-        self, space: Space, seed: int, shares: Mapping[str, float] | None = None, goal: Goal | None = None
-    ) -> None:
-        super().__init__(space, seed, shares)
-        self.goal = goal
+    def __init__(self, space: Space, seed: int, goal: Goal | None = None) -> None:
+        super().__init__(space, seed)
+        self.goal, self.prior = goal, prior_of(space)
 
     def load(self) -> None:
         import botorch.acquisition.logei
@@ -53,18 +51,21 @@ class BotorchEngine(ModelEngine):
         x = np.array([u for u, d in zip(tried, done, strict=True) if d])  # (n, d)
         waiting = [u for u, d in zip(tried, done, strict=True) if not d]
         pending = torch.from_numpy(np.array(waiting)) if waiting else None  # (w, d)
+        objectives = np.array([row.objective for row in scored], dtype=np.float64)  # (n,)
+        near = x[np.argsort(-objectives, kind="stable")[:_NEAR]]
         if self.goal is not None:
-            early = len(scored) < TASK_MODEL_TRIALS
-            found = goals.acquisition(self.goal, x, scored, pending, by_task=early, seed=self.stream(number))
-            return self._best(number, found, self._cube())
+            seed = self.stream(number)
+            found = goals.acquisition(self.goal, x, scored, pending, prior=self.prior, seed=seed)
+            return self._best(number, found, self._cube(), near)
         model = self.model(number, x, scored)
         box = self.box(model, x, rows)
         found = qLogNoisyExpectedImprovement(model, torch.from_numpy(x), prune_baseline=True, X_pending=pending)
-        return self._best(number, found, box)
+        return self._best(number, found, box, near)
 
     def model(self, number: int, x: Array, rows: Sequence[Trial]) -> Any:
-        """A BoTorch model of the objective: ``x`` (n, d) are the points of ``rows``, completed or stopped."""
-        return _model_class()(x, *self._outcomes(rows))
+        """A BoTorch model of the standardised objective: ``x`` (n, d) are the points of ``rows``, which have one."""
+        objectives = np.array([[row.objective for row in rows]], dtype=np.float64)  # (1, n)
+        return processes_class()(x, gp.standardised(objectives)[0], self.prior)  # acquisitions expect values around one
 
     def box(self, model: Any, x: Array, rows: Sequence[Trial]) -> Array:
         """Where the next point is looked for, lowest and highest corner: (2, d). ``rows`` are all there are."""
@@ -73,74 +74,35 @@ class BotorchEngine(ModelEngine):
     def _cube(self) -> Array:
         return np.stack([np.zeros(len(self.space)), np.ones(len(self.space))])
 
-    def _best(self, number: int, acquisition: Any, box: Array) -> UnitPoint:
-        """The point of the box with the highest value: (d,)."""
+    def _best(self, number: int, acquisition: Any, box: Array, near: Array) -> UnitPoint:
+        """The point of the box with the highest value, (d,): L-BFGS from the best of many candidates."""
         import torch
         from botorch.optim import optimize_acqf
 
-        candidate, _ = optimize_acqf(
+        candidates = torch.from_numpy(self._candidates(number, box, near))[:, None, :]  # (c, 1, d)
+        with torch.no_grad():
+            values = acquisition(candidates)  # (c,)
+        point, _ = optimize_acqf(
             acquisition,
             torch.from_numpy(box),
             q=1,
-            num_restarts=_RESTARTS,
-            raw_samples=_RAW_SAMPLES,
-            options={"sample_around_best": True, "seed": self.stream(number) % 2**31},
+            num_restarts=_STARTS,
+            batch_initial_conditions=candidates[torch.topk(values, _STARTS).indices],
         )
-        unit: UnitPoint = candidate[0].numpy()  # (d,)
+        unit: UnitPoint = point[0].numpy()  # (d,)
         return unit
 
-    def _outcomes(self, rows: Sequence[Trial]) -> tuple[Array, Array]:
-        """What is modelled, (m, n), and what each counts in the objective, (m,)."""
-        tasks = [task for task, share in sorted(self.shares.items()) if share > 0]
-        completed = sum(row.status == "completed" for row in rows)
-        if completed > 1 and len(rows) < TASK_MODEL_TRIALS and len(tasks) > 1:  # a forecast needs two
-            complete = with_expected_scores(rows, self.shares)
-            scores = np.array([[row[task] for row in complete] for task in tasks])
-            return scores, np.array([self.shares[task] for task in tasks])
-        return np.array([[row.objective for row in rows]], dtype=np.float64), np.ones(1)
+    def _candidates(self, number: int, box: Array, near: Array) -> Array:
+        """Half of them all over the box, half steps from the points ``near`` (k, d) along some parameters: (c, d).
 
-
-@lru_cache
-def _model_class() -> Any:
-    """`WeightedSum`, made when BoTorch is needed: importing it takes seconds."""
-    import torch
-    from botorch.posteriors.gpytorch import GPyTorchPosterior
-    from gpytorch.distributions import MultivariateNormal
-
-    class WeightedSum(processes_class()):  # type: ignore[misc, unused-ignore]
-        """``sum_i coefficients[i] * f_i``, with an independent Gaussian process f_i for each outcome.
-
-        Args:
-            x: Inputs in the unit cube: (n, d).
-            outcomes: One row of values an outcome: (m, n).
-            coefficients: (m,).
+        BoTorch's own candidates around the best points leave a box that is smaller than the cube, and are refused.
         """
-
-        alpha: torch.Tensor
-        root: torch.Tensor
-
-        def __init__(self, x: Array, outcomes: Array, coefficients: Array) -> None:
-            super().__init__(x, outcomes)
-            total = coefficients * self.deviations.numpy()
-            unit = np.sqrt((total**2).sum()) or 1.0  # the sum's own scale: acquisitions expect values around one
-            weights = torch.from_numpy(total / unit)  # (m,)
-            self.alpha = self.alpha * weights[:, None, None]  # (m, n, 1)
-            self.root = self.root * weights[:, None, None]  # (m, n, n)
-            self.mean = float((weights * self.constants).sum())
-            self.variances = (weights**2)[:, None, None]
-
-        @property
-        def num_outputs(self) -> int:
-            return 1
-
-        def posterior(self, X: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            """The joint posterior of the noiseless sum at ``X``, (..., q, d)."""
-            scaled = X.unsqueeze(-3) * self.inverse  # (..., m, q, d)
-            cross = self._kernel(scaled, self.scaled)  # (..., m, q, n)
-            mean = self.mean + (cross @ self.alpha).squeeze(-1).sum(-2)  # (..., q)
-            explained = cross @ self.root
-            covariance = (self.variances * self._kernel(scaled, scaled) - explained @ explained.mT).sum(-3)
-            jitter = 1e-8 * torch.eye(X.shape[-2], dtype=X.dtype)
-            return GPyTorchPosterior(MultivariateNormal(mean, covariance + jitter))
-
-    return WeightedSum
+        low, high = box
+        everywhere = low + (high - low) * quasi_random(len(low), _CANDIDATES // 2, self.stream(number))
+        draw = np.random.default_rng(self.stream(number))
+        shape = (_CANDIDATES // 2, len(low))
+        lengths = np.exp(draw.uniform(math.log(_STEPS[0]), math.log(_STEPS[1]), (shape[0], 1)))
+        steps = lengths * draw.standard_normal(shape)
+        moved = draw.random(shape) < draw.choice(_MOVED, (shape[0], 1))
+        around = near[draw.integers(len(near), size=shape[0])] + np.where(moved, steps, 0.0)
+        return np.concatenate([everywhere, np.clip(around, low, high)])

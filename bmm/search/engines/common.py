@@ -6,7 +6,7 @@ import contextlib
 import logging
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _STREAMS = {"sobol": 1, "fallback": 2, "model": 3, "population": 4}
 class SobolEngine:
     """Scrambled Sobol points in the order of the trial numbers; a baseline, and every engine's fallback."""
 
-    def __init__(self, space: Space, seed: int, shares: Mapping[str, float] | None = None) -> None:
+    def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
 
     def ask(self, rows: Sequence[Trial]) -> Suggestion:
@@ -54,8 +54,8 @@ class ModelEngine:
     name: str
     first: int = SOBOL_TRIALS
 
-    def __init__(self, space: Space, seed: int, shares: Mapping[str, float] | None = None) -> None:
-        self.space, self.seed, self.shares = space, seed, dict(shares or {})
+    def __init__(self, space: Space, seed: int) -> None:
+        self.space, self.seed = space, seed
         self._sobol = SobolEngine(space, seed)
 
     def suggest(self, number: int, rows: Sequence[Trial], tried: Sequence[UnitPoint]) -> UnitPoint:
@@ -83,7 +83,7 @@ class ModelEngine:
             with quiet(), seeded(self.stream(number)):
                 unit = self.suggest(number, rows, tried)
         except Exception as error:  # whatever a numerical library throws, the study goes on
-            return self._fallback(number, f"{self.name} failed ({type(error).__name__}: {error})")
+            return self._fallback(number, f"{self.name} failed ({_in_short(error)})")
         unit = rounded(unit)
         if not np.isfinite(unit).all():
             return self._fallback(number, f"{self.name} suggested a point that is not finite")
@@ -102,6 +102,22 @@ class ModelEngine:
     def _fallback(self, number: int, why: str) -> Suggestion:
         unit = self._sobol.unit_point(number, "fallback")
         return Suggestion(self.space.from_unit(unit), f"{why}: took a quasi-random point instead")
+
+
+def quasi_random(d: int, count: int, seed: int) -> UnitPoint:
+    """Scrambled Sobol points: (count, d)."""
+    from scipy.stats import qmc
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of counts that are no power of two
+        points: UnitPoint = qmc.Sobol(d, scramble=True, seed=np.random.default_rng(seed)).random(count)
+    return points
+
+
+def _in_short(error: Exception) -> str:
+    """The error's first line, cut: numerical libraries print whole tensors."""
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return line if len(line) <= 120 else line[:117] + "..."
 
 
 def next_number(rows: Sequence[Trial]) -> int:

@@ -19,6 +19,7 @@ from bmm.dominance import non_dominated
 from bmm.records import Trial
 from bmm.search.engines.processes import Array, processes_class
 from bmm.search.goal import Goal
+from bmm.search.gp import Prior
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +48,9 @@ class Outcomes:
     floors: dict[int, float]
 
 
-def outcomes_of(goal: Goal, rows: Sequence[Trial], by_task: bool) -> Outcomes:
-    """Every task by itself, or (``by_task`` false, and the kind a smooth one) every objective; floors by task."""
-    by_task = by_task or goal.kind == "worst"  # the lowest of several tasks has kinks that no smooth process follows
+def outcomes_of(goal: Goal, rows: Sequence[Trial]) -> Outcomes:
+    """Every objective by itself, or, of the worst task, every task; floors by task."""
+    by_task = goal.kind == "worst"  # the lowest of several tasks has kinks that no smooth process follows
     groups, columns = goal.groups(), dict[tuple[str, str], list[float]]()
     objectives = [goal.values(row.scores) for row in rows]
     if not by_task:
@@ -94,14 +95,14 @@ def _standard(values: Array) -> tuple[Array, Array]:
     return values.mean(0), np.where(deviation > 1e-12, deviation, 1.0)
 
 
-def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, by_task: bool, seed: int) -> Any:
+def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, prior: Prior, seed: int) -> Any:
     """What the next trial maximises, as a BoTorch acquisition function.
 
     Args:
         goal: Any but the plain weighted mean.
         x: Unit points of the completed ``rows``: (n, d).
         pending: Unit points being evaluated, or failed: (p, d), or None.
-        by_task: Whether smooth objectives are modelled task by task too, or by themselves.
+        prior: Of lengthscales and noise, the same for every outcome.
         seed: Of the scalarisation of many objectives.
     """
     import torch
@@ -110,8 +111,8 @@ def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, by
     from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
     from botorch.acquisition.objective import GenericMCObjective
 
-    outcomes = outcomes_of(goal, rows, by_task)
-    model = processes_class()(x, outcomes.values)
+    outcomes = outcomes_of(goal, rows)
+    model = processes_class()(x, outcomes.values, prior)
     constraints = _constraints(outcomes.floors, model.deviations)
     allowed = [i for i, row in enumerate(rows) if not goal.shortfalls(row.scores)]
     if not allowed:

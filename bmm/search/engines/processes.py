@@ -33,13 +33,14 @@ def processes_class() -> Any:
         Args:
             x: Inputs in the unit cube: (n, d).
             outcomes: One row of values an outcome: (m, n).
+            prior: Of lengthscales and noise; `bmm.search.gp.Prior.scaled` unless given.
         """
 
-        def __init__(self, x: Array, outcomes: Array) -> None:
+        def __init__(self, x: Array, outcomes: Array, prior: gp.Prior | None = None) -> None:
             super().__init__()
             differences = gp.squared_differences(x)
             standard, means, deviations = gp.standardised(outcomes)  # (m, n), (m, 1), (m, 1)
-            fits = [gp.fit(differences, y) for y in standard]
+            fits = [gp.fit(differences, y, prior=prior) for y in standard]
             self.means, self.deviations = torch.from_numpy(means[:, 0]), torch.from_numpy(deviations[:, 0])  # (m,)
             self.constants = torch.tensor([f.mean for f in fits])  # (m,), single precision is enough
             self.inverse = torch.from_numpy(np.stack([1 / f.lengthscales for f in fits]))[:, None, :]  # (m, 1, d)

@@ -68,7 +68,7 @@ def region_after(rows: Sequence[Trial], tolerance: int) -> Region:
 
 
 class TurboEngine(BotorchEngine):
-    """TuRBO-1 (arXiv 1910.01739) with the models and the acquisition of `BotorchEngine`.
+    """TuRBO-1 (arXiv 1910.01739) with the model and the acquisition of `BotorchEngine`.
 
     The next point is looked for in a box around the region's best one, whose edges are the region's, longer along
     parameters with long lengthscales, shorter along others, of equal volume. Where the region has shrunk to nothing
@@ -89,7 +89,7 @@ class TurboEngine(BotorchEngine):
         length = region_after(rows, failures_tolerated(len(self.space))).length
         objectives = [row.objective for row in rows if row.objective is not None]
         center = x[int(np.argmax(objectives))]  # (d,)
-        logs = -np.log(model.inverse[:, 0, :].numpy()).mean(0)  # (d,), of the mean over tasks
+        logs = -np.log(model.inverse[0, 0].numpy())  # (d,)
         half = 0.5 * length * np.exp(logs - logs.mean())  # (d,)
         return np.stack([np.clip(center - half, 0, 1), np.clip(center + half, 0, 1)])
 
