@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .analysis import Analysis, analyse_rows
 from .checkpoint import ModelPool
 from .checkpoint.atomic import destination
 from .errors import RecipeError, StudyError, did_you_mean
@@ -41,6 +40,9 @@ from .trajectory import average
 from .tuning import RESUMABLE, OnTrial, load_result, study_file, tune_recipe
 from .writing import streamed_merge, write_stream
 from .yaml_file import by_name
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
 
 
 def make_recipe(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **keys: Any) -> Recipe:
@@ -299,6 +301,8 @@ def analyse(study: StudyResult | str | Path) -> Analysis:
     Raises:
         StudyError: no study there, or fewer than 8 completed trials.
     """
+    from .analysis import analyse_rows  # scipy, which a merge does not need
+
     path = study_file(study.paths.get("study", "") if isinstance(study, StudyResult) else study)
     with StudyDatabase.open(path, readonly=True) as database:
         meta, trials = database.meta(), database.trials()

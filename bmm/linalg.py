@@ -2,15 +2,65 @@
 
 from __future__ import annotations
 
+import math
+import struct
+import sys
+
 import torch
 from torch import Tensor
 
 from .errors import MergeError
 
+LARGE_PRODUCT = 1 << 24
+"""Multiplications from which on a product is worth being brought to oneDNN."""
+
+_FORMATS = {torch.float64: "d", torch.float32: "f", torch.float16: "e"}  # of `struct`
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a floating tensor, inf or NaN where it holds one; 0 where it is empty.
+
+    On the CPU by the bits: without its sign a number is larger where the integer of its bits is, NaN largest of all,
+    and integers are compared several times faster than floats that may be NaN. Elsewhere one synchronisation.
+    """
+    if not tensor.numel():
+        return 0.0
+    tensor = tensor.detach()
+    if (
+        tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or not (tensor.dtype in _FORMATS or tensor.dtype == torch.bfloat16)
+    ):
+        low, high = torch.stack(torch.aminmax(tensor)).tolist()
+        return max(-low, high)
+    width = 8 * tensor.itemsize
+    bits = tensor.reshape(-1).view(getattr(torch, f"int{width}")).numpy()
+    positive = int(bits.max())
+    negative = int(bits.view(f"u{tensor.itemsize}").max()) - 2 ** (width - 1)  # the sign is the highest bit
+    found = max(positive, negative)
+    if tensor.dtype == torch.bfloat16:
+        return float(struct.unpack("=f", struct.pack("=I", found << 16))[0])
+    return float(struct.unpack("=" + _FORMATS[tensor.dtype], found.to_bytes(tensor.itemsize, sys.byteorder))[0])
+
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor Inf; one pass over its extremes, without further memory."""
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    """Whether a floating tensor holds neither NaN nor Inf; see `largest`."""
+    return math.isfinite(largest(tensor))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, (o, r) by (r, i): large float32 ones on the CPU by oneDNN, best with a contiguous ``right.mT``.
+
+    torch gives them to MKL, which on processors of other makers than Intel leaves half of the vector units' width
+    unused: 97 GFLOP/s on one core of an AMD EPYC where oneDNN reaches 220. What is differentiated is left to torch.
+    """
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 2 for t in (left, right))
+    watched = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    small = left.shape[-2] * left.shape[-1] * right.shape[-1] < LARGE_PRODUCT
+    if not plain or watched or small or not torch.backends.mkldnn.is_available():
+        return left @ right
+    turned = right.mT.contiguous().to_mkldnn()
+    return torch.nn.functional.linear(left.contiguous().to_mkldnn(), turned).to_dense()
 
 
 def require_finite(name: str, *tensors: Tensor) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from . import anchors
-from .anchors.inputs import PIECE
+from .anchors.inputs import DEVICE_PIECE, PIECE
 from .checkpoint import ModelPool
+from .checkpoint.staging import AHEAD
 from .errors import RecipeError
 from .layouts import matrix_layouts
 from .recipe import Recipe
@@ -37,7 +38,7 @@ def estimate(recipe: Recipe, pool: ModelPool, what: str) -> tuple[float, str]:
     """Bytes at the peak, and what takes them; the interpreter and its libraries (0.3 GiB) are not counted."""
     sizes = {name: pool.info(name).numel for name in pool.float_names}
     largest = max(sizes, key=lambda name: sizes[name])
-    plain = _plain(recipe, len(pool), sizes[largest]), largest
+    plain = _plain(recipe, len(pool), sizes[largest]) + _staged(recipe, pool, what), largest
     if what == "plain":
         return plain
     matrices = dict(_matrices(pool, matrix_layouts(pool, None)))
@@ -45,7 +46,7 @@ def estimate(recipe: Recipe, pool: ModelPool, what: str) -> tuple[float, str]:
         # Of the weight's size: base, anchor, expert, difference, target, right side, solution; and four Grams.
         each = {name: DOUBLE * (7.0 * o * i + 4.0 * i * i) for name, (o, i) in matrices.items()}
         name = max(each, key=lambda n: each[n], default=largest)
-        return max(plain, (each.get(name, 0.0), name))
+        return max(plain, (each.get(name, 0.0) + _staged(recipe, pool, what), name))
     # Base, anchor, regression, the anchor's two parts, merged weight, and the basis; the rest of the model twice.
     held = sum(SINGLE * (6.0 * o * i + i * i) for o, i in matrices.values())
     rest = SINGLE * 2.0 * sum(count for name, count in sizes.items() if name not in matrices)
@@ -60,6 +61,18 @@ def _plain(recipe: Recipe, experts: int, largest: int) -> float:
     if anchors.get(recipe.anchor).elementwise:
         return SINGLE * (2.0 * largest + 8.0 * (experts + 2) * PIECE)
     return SINGLE * 3.0 * experts * largest
+
+
+def _staged(recipe: Recipe, pool: ModelPool, what: str) -> float:
+    """Page-locked memory of what is read ahead for a GPU: what waits, what is read and what is copied, in blocks of
+    powers of two."""
+    if not recipe.device.startswith("cuda"):
+        return 0.0
+    most = max(pool.info(name).nbytes for name in pool.float_names)
+    if what == "plain" and not recipe.anchor.startswith("path:") and anchors.get(recipe.anchor).elementwise:
+        most = min(most, DOUBLE * DEVICE_PIECE)
+    item = (len(pool) + 1.0) * most
+    return 2 * (max(AHEAD, item) + 2 * item)
 
 
 def _matrices(pool: ModelPool, layouts: Mapping[str, str]) -> Iterable[tuple[str, tuple[int, int]]]:

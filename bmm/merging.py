@@ -5,6 +5,7 @@ Left of this file things run once (checkpoints, anchor, Grams, decompositions); 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -220,11 +221,14 @@ def prepare_model(
     remixed = not {"weights", "gamma"}.isdisjoint(search)
     spectra: dict[tuple[str, ...], tuple[Spectrum, InputGrams | None]] = {}
     slots = []
+    # One decomposition for the modules that read the same input, unless their Grams depend on the weight.
+    shared = data if data and source == "data" else None
+    keys = {name: tuple(g.key_of.get(name, "") for g in shared) if shared else (name,) for name in layouts}
+    left = Counter(keys.values())
     for done, (name, layout) in enumerate(sorted(layouts.items())):
         joined = bias_of(name, data) if data and bias == "joined" else ""
         w0, experts, wa = _stored(pool, anchor, name, joined, layout)
-        # One decomposition for the modules that read the same input, unless their Grams depend on the weight.
-        key = tuple(g.key_of.get(name, "") for g in data) if data and source == "data" else (name,)
+        key = keys[name]
         if key not in spectra:
             parts = _parts(name, experts - w0, data, source, bool(joined), bias == "anchor")
             grams = (
@@ -238,6 +242,9 @@ def prepare_model(
         prepared = prepare(w0.float(), experts, spectrum.grams, wa, weights, normalise, device, name, spectrum)
         evidence = ModuleEvidence.of(prepared, kept, experts - w0) if kept else None
         slots.append(Slot(name, joined, layout, groups[name], prepared, evidence))
+        left[key] -= 1
+        if not left[key]:
+            del spectra[key]  # and with it T Grams
         if progress:
             progress(done + 1, len(layouts))
     assert data is not None or not norms

@@ -24,7 +24,7 @@ from torch import Tensor
 from .errors import MergeError
 from .grams.spectrum import NOISE_FACTOR, task_weights
 from .linalg import require_finite
-from .solver import Scalar, check_scalars, check_sigma, moved, tensors_of
+from .solver import Scalar, check_scalars, check_sigma, moved, scalar, tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +57,14 @@ class PreparedNorm:
             1,
         ):
             return self.anchor.to(self.dtype, copy=True)  # w0 + (wa - w0) would round
-        lam64 = torch.as_tensor(lam).to(self.eigenvalues).reshape(())
         seen = self.eigenvalues > 0
-        share = torch.where(seen, 1 / (1 + lam64 / self.eigenvalues.where(seen, torch.ones_like(lam64))), 0.0)  # (c, k)
-        scale = torch.as_tensor(anchor_scale).to(self.w0).reshape(())
+        ones = torch.ones_like(self.eigenvalues)
+        safe = self.eigenvalues.where(seen, ones)
+        share = (1 / (1 + scalar(lam, ones) / safe)).masked_fill(~seen, 0.0)  # (c, k)
+        scale = scalar(anchor_scale, self.w0)
         kept = self.regression * share.to(self.w0) + scale * self.anchor_part * (1 - share).to(self.w0)  # (c, k)
         update = (kept.unsqueeze(1) @ self.basis).squeeze(1)  # (c, k)
-        return (self.w0 + torch.as_tensor(rho).to(self.w0).reshape(()) * update).to(self.dtype)
+        return (self.w0 + scalar(rho, self.w0) * update).to(self.dtype)
 
     def sample(
         self, lam: Scalar, rho: Scalar, sigma: float, generator: torch.Generator, anchor_scale: Scalar = 1.0

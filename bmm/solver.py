@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .errors import MergeError
 from .grams.spectrum import Spectrum, decompose, task_weights
-from .linalg import require_finite
+from .linalg import product, require_finite
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -83,16 +83,16 @@ class PreparedModule:
         if isinstance(lam, (int, float)) and (math.isinf(lam) or self.rank == 0):
             return self._restore(self._anchor_only(rho, anchor_scale))
         regression_share = self._regression_share(lam)  # (r,)
-        anchor_share = self._compute(anchor_scale) * (1 - regression_share)  # (r,)
+        anchor_share = scalar(anchor_scale, self.w0) * (1 - regression_share)  # (r,)
         kept = self.regression * self._compute(regression_share) + self.anchor_part * self._compute(anchor_share)
-        update = kept @ self.basis  # (o, i)
+        update = product(kept, self.basis)  # (o, i)
         if self.remainder is not None:
-            update = update + self._compute(anchor_scale) * self.remainder  # (o, i)
-        return self._restore(self.w0 + self._compute(rho) * update)
+            update = update + scalar(anchor_scale, self.w0) * self.remainder  # (o, i)
+        return self._restore(self.w0 + scalar(rho, self.w0) * update)
 
     def assemble(self, update: Tensor, rho: Scalar) -> Tensor:
         """``w0 + rho * update`` in the shape and dtype of ``w0``, for a posterior mean solved elsewhere."""
-        return self._restore(self.w0 + self._compute(rho) * update.to(self.w0))
+        return self._restore(self.w0 + scalar(rho, self.w0) * update.to(self.w0))
 
     def sample(
         self, lam: Scalar, rho: Scalar, sigma: float, generator: torch.Generator, anchor_scale: Scalar = 1.0
@@ -134,11 +134,11 @@ class PreparedModule:
         factor = rho * anchor_scale
         if isinstance(factor, (int, float)) and factor == 1:
             return self.anchor.clone()  # w0 + (wa - w0) would round
-        return self.w0 + self._compute(factor) * (self.anchor - self.w0)  # (o, i)
+        return self.w0 + scalar(factor, self.w0) * (self.anchor - self.w0)  # (o, i)
 
     def _regression_share(self, lam: Scalar) -> Tensor:
         """``e / (e + lam)`` (r,) in float64, in the form whose value and slope are finite from lam = 0 to inf."""
-        return 1 / (1 + self._wide(lam) / self.eigenvalues)
+        return 1 / (1 + scalar(lam, self.eigenvalues) / self.eigenvalues)
 
     def _wide(self, value: Scalar) -> Tensor:
         return torch.as_tensor(value).to(self.eigenvalues).reshape(())
@@ -150,6 +150,14 @@ class PreparedModule:
 
     def _restore(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.shape).to(self.dtype)
+
+
+def scalar(value: Scalar, like: Tensor) -> Scalar:
+    """A number as it is, a one-element tensor in dtype and on the device of ``like``, without dimensions.
+
+    Kernels take numbers as arguments: made into a tensor, each would be copied to the device, and the host would wait.
+    """
+    return value.to(like).reshape(()) if isinstance(value, Tensor) else float(value)
 
 
 def tensors_of(record: Any) -> dict[str, Tensor]:

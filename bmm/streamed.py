@@ -9,6 +9,7 @@ Grams are summed as they come, so that memory does not grow with T:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import ModelPool
+from .checkpoint.staging import Staging, all_on_disk, apart
 from .errors import GramError, RecipeError
 from .grams import TaskGrams
 from .grams.spectrum import noise_level, task_weights
@@ -71,6 +73,7 @@ class StreamedMerge:
         self._weight_of = {bias: name for name, bias in self._bias.items()}
         self._shared: tuple[object, Tensor, float] | None = None  # the last pooled Gram, its modules' key and its noise
         self._factors: dict[float, Tensor | None] = {}
+        self._staging: Staging | None = None
 
     @property
     def groups(self) -> list[str]:
@@ -90,17 +93,51 @@ class StreamedMerge:
                 f"no hyperparameters for group {', '.join(missing)}", f"groups of this model: {', '.join(self.groups)}"
             )
         waiting: dict[str, Tensor] = {}
-        for name, tensor in anchor:
-            weight = self._weight_of.get(name, name)
-            if weight not in self.layouts:
-                yield name, self._kept(name, tensor, point)
-                continue
-            waiting[name] = tensor
-            pair = [n for n in (weight, self._bias.get(weight, "")) if n]
-            if all(n in waiting for n in pair):
-                given = {n: waiting.pop(n) for n in pair}
-                if not set(pair) <= set(done):
-                    yield from self._solved(weight, given, point).items()
+        with self._staged(point, done):
+            for name, tensor in anchor:
+                weight = self._weight_of.get(name, name)
+                if weight not in self.layouts:
+                    yield name, self._kept(name, tensor, point)
+                    continue
+                waiting[name] = tensor
+                pair = self._pair(weight)
+                if all(n in waiting for n in pair):
+                    given = {n: waiting.pop(n) for n in pair}
+                    if not set(pair) <= set(done):
+                        yield from self._solved(weight, given, point).items()
+
+    def _pair(self, weight: str) -> list[str]:
+        """A weight, and the bias that is solved with it."""
+        return [name for name in (weight, self._bias.get(weight, "")) if name]
+
+    def _reads_experts(self, weight: str, point: Hyperparameters) -> bool:
+        return self.layouts[weight] == "norm" or not math.isinf(point.lam[self._group_of[weight]])
+
+    def _models(self, weight: str, point: Hyperparameters) -> Sequence[Tensors]:
+        """Base and experts, as far as one module is concerned."""
+        if self._staging is None or not self._reads_experts(weight, point):
+            return [self.pool.base, *self.pool.experts]
+        taken = {name: self._staging.take(name) for name in self._pair(weight)}
+        return [{name: models[t].tensor for name, models in taken.items()} for t in range(len(self.pool) + 1)]
+
+    @contextlib.contextmanager
+    def _staged(self, point: Hyperparameters, done: Collection[str]) -> Iterator[None]:
+        """Read the modules that are to be solved ahead, where the device computes meanwhile."""
+        models, device = (self.pool.base, *self.pool.experts), torch.device(self.device)
+        position = {name: number for number, name in enumerate(self.pool.names)}
+        last = {max(self._pair(weight), key=position.__getitem__): weight for weight in self.layouts}
+        weights = [last[name] for name in self.pool.names if name in last]
+        wanted = [w for w in weights if self._reads_experts(w, point) and not set(self._pair(w)) <= set(done)]
+        names = [name for weight in wanted for name in self._pair(weight)]
+        if not apart(device) or not all_on_disk(models, names):
+            yield
+            return
+        self._staging = Staging(models, ((name, None) for name in names), device)
+        try:
+            yield
+        finally:
+            self._staging.close()
+            self._staging = None
 
     def _kept(self, name: str, anchor: Tensor, point: Hyperparameters) -> Tensor:
         """A tensor that no regression solves: the anchor's, its task vector times the point's anchor scale."""
@@ -115,15 +152,16 @@ class StreamedMerge:
         lam, rho = point.lam[self._group_of[name]], point.rho[self._group_of[name]]
         scale = 1.0 if point.anchor_scale is None else point.anchor_scale
         check_scalars(name, lam, rho, scale)
-        w0, wa = self._joined(name, self.pool.base), self._joined(name, anchor)  # (o, i)
+        models = self._models(name, point)
+        w0, wa = self._joined(name, models[0]), self._joined(name, anchor)  # (o, i)
         require_finite(f"{name}: anchor", wa)
         mix = self._mix(point)
         if self.layouts[name] == "norm":
-            merged = self._norm(name, w0, wa, mix).merge(lam, rho, scale)
+            merged = self._norm(name, w0, wa, mix, models[1:]).merge(lam, rho, scale)
         elif math.isinf(lam):
             merged = wa if rho * scale == 1 else w0 + rho * scale * (wa - w0)
         else:
-            target, pooled, noise = self._evidence(name, w0, mix)
+            target, pooled, noise = self._evidence(name, w0, mix, models[1:])
             if lam not in self._factors:
                 self._factors[lam] = factorised(pooled, noise, lam)
             factor = self._factors[lam]
@@ -150,7 +188,7 @@ class StreamedMerge:
         weights = tuple(point.weights.get(t, w) for t, w in zip(self.pool.tasks, given, strict=True))
         return Mix(weights, self.gamma if point.gamma is None else point.gamma)
 
-    def _evidence(self, name: str, w0: Tensor, mix: Mix) -> tuple[Tensor, Tensor, float]:
+    def _evidence(self, name: str, w0: Tensor, mix: Mix, experts: Sequence[Tensors]) -> tuple[Tensor, Tensor, float]:
         """``sum_t a_t tau_t Gt`` (o, i), the pooled Gram (i, i) and its noise level.
 
         Modules that read the same input share the Gram and its factors: those of the last one are kept for the next.
@@ -163,7 +201,7 @@ class StreamedMerge:
         target = torch.zeros_like(w0)
         pooled = w0.new_zeros(width, width) if self._shared is None else None
         for t, weight in enumerate(task_weights(mix.weights, len(self.pool), name)):
-            tau = self._joined(name, self.pool.experts[t]) - w0  # (o, i)
+            tau = self._joined(name, experts[t]) - w0  # (o, i)
             require_finite(f"{name}: expert {self.pool.tasks[t]}", tau)
             parts = task_parts(
                 name, tau, data[t] if data else None, self.source, name in self._bias, self.bias == "anchor", tau.dtype
@@ -183,9 +221,9 @@ class StreamedMerge:
         assert self._shared is not None
         return target, self._shared[1], self._shared[2]
 
-    def _norm(self, name: str, w0: Tensor, anchor: Tensor, mix: Mix) -> PreparedNorm:
+    def _norm(self, name: str, w0: Tensor, anchor: Tensor, mix: Mix, experts: Sequence[Tensors]) -> PreparedNorm:
         """A norm prepared; a task whose run never reached it contributes zero."""
         zero = torch.zeros(*w0.shape, w0.shape[1], dtype=torch.float64)
         grams = [g.norms.get(name, zero) for g in self._data or ()]
-        experts = [self._joined(name, expert) for expert in self.pool.experts]
-        return prepare_norm(w0, experts, grams, anchor, mix.weights, self.normalise, self.device, name)
+        joined = [self._joined(name, expert) for expert in experts]
+        return prepare_norm(w0, joined, grams, anchor, mix.weights, self.normalise, self.device, name)

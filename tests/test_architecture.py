@@ -116,6 +116,12 @@ def test_using_the_library_loads_no_search_engine():
     assert not loaded & {"datasets", "pyarrow", "PIL", "ax", "botorch", "gpytorch", "transformers", "plotly"}
 
 
+def test_a_merge_loads_no_scipy():
+    loaded = loaded_after("import bmm_cli.merge, bmm; bmm.merge; bmm.anchors")
+    assert "torch" in loaded
+    assert "scipy" not in loaded
+
+
 def test_help_loads_no_torch():
     loaded = loaded_after("from bmm_cli.main import bmm\ntry: bmm(['--help'])\nexcept SystemExit: pass")
     assert not loaded & {"torch", "numpy", "ax", "rich"}

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import bmm
 import bmm.streamed
 from bmm.checkpoint import Checkpoint, ModelPool, open_checkpoint, write_checkpoint
+from bmm.checkpoint.staging import AHEAD
 from bmm.errors import GramError, RecipeError, WriteError
 from bmm.grams import gram_bytes, in_parts
 from bmm.memory import estimate
@@ -274,3 +275,10 @@ def test_a_stopped_merge_goes_on_from_its_finished_shards(family, tmp_path, how)
     expected = bmm.merge(family.recipe(anchor="task_arithmetic", grams="datafree"), lam=1.0)
     found = open_checkpoint(out)
     assert all(torch.equal(found[n], expected[n].to(found[n].dtype)) for n in found)
+
+
+@pytest.mark.parametrize("what", ["plain", "merge"])
+def test_what_is_read_ahead_for_a_device_counts(run, what):
+    on_device = Recipe.from_dict(run.recipe.to_dict() | {"device": "cuda:1"})
+    more = estimate(on_device, run.pool, what)[0] - estimate(run.recipe, run.pool, what)[0]
+    assert 2 * AHEAD < more < 3 * AHEAD  # the family is small: what waits, and little else

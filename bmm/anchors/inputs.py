@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.agreement import on_disk
+from ..checkpoint.staging import Staged, Staging, all_on_disk, apart
 from ..errors import MergeError
-from ..linalg import require_finite
+from ..linalg import largest, require_finite
 from ..notation import Tensors
 
 Progress = Callable[[str, int, int], None]
@@ -23,6 +25,9 @@ LARGE = 1e12
 
 PIECE = 1 << 17
 """Entries of a tensor that an elementwise method takes at a time: all T experts' then fit a processor's cache."""
+
+DEVICE_PIECE = 32 * PIECE
+"""The same on another device than the processor, which is slow to start anything; a multiple of what DARE draws by."""
 
 AHEAD = 4
 """Pieces that are read from disk at once."""
@@ -42,15 +47,17 @@ class Inputs:
     pieces: bool = False
     scans: int = 0
     _plain: set[str] = field(default_factory=set)  # tensors in pieces, gone through and found finite and not `LARGE`
+    staging: Staging | None = None  # what `staged` reads ahead
 
     def stored(self, name: str) -> Tensor:
         """The base's tensor as it is; `MergeError` for complex numbers.
 
-        A large one that will be read from disk in pieces is not read here: a tensor on the meta device stands for it.
+        A large one that will be read from disk in pieces is not read here, nor one that is staged: a tensor on the meta
+        device stands for it.
         """
-        found = on_disk(self.base, name) if self.pieces else None
+        found = on_disk(self.base, name) if self.pieces or self.staging else None
         base = _outline(*found) if found else self.base[name].detach()
-        if found and not self.cuts(base):
+        if found and not (self.cuts(base) or (self.staging and base.is_floating_point() and base.numel())):
             base = self.base[name].detach()
         if base.is_complex():
             raise MergeError(f"{name} is {_describe(base)}", "merge real tensors only")
@@ -58,7 +65,17 @@ class Inputs:
 
     def cuts(self, base: Tensor) -> bool:
         """Whether `parts` hands this tensor of the base out in pieces."""
-        return self.pieces and base.is_floating_point() and base.numel() > PIECE
+        return self.pieces and base.is_floating_point() and base.numel() > self._piece
+
+    @property
+    def _piece(self) -> int:
+        return PIECE if self.device.type == "cpu" else DEVICE_PIECE
+
+    def _places(self, base: Tensor) -> Iterator[slice]:
+        """The parts that a tensor of the base is handed out in, as slices of the flattened one."""
+        size = base.numel()
+        step = self._piece if self.cuts(base) else max(size, 1)
+        return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
     def parts(self, name: str, base: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(where, w0, taus) of the tensor that is ``base`` in the base: of a large one, if in pieces, by flat pieces
@@ -67,23 +84,35 @@ class Inputs:
         They are float32, or float64 where an input is float64 or holds entries beyond `LARGE`. Tensors without floating
         entries are compared in shape and kind, and have no parts.
         """
-        size = base.numel()
-        if not base.is_floating_point() or not size:
+        if not base.is_floating_point() or not base.numel():
             for _ in self._of_experts(name, base):
                 pass
-        elif not self.cuts(base):
-            yield slice(0, size), *self._widened(name, base, self._of_experts(name, base))
-        else:
-            before = self._pieces_of(self.base, name, base) if base.is_meta else base.reshape(-1).__getitem__
-            after = [self._pieces_of(expert, name, base, t) for t, expert in enumerate(self.experts)]
-            plain = True
-            for start in range(0, size, PIECE):
-                where = slice(start, min(start + PIECE, size))
-                w0, taus = self._widened(name, before(where), (piece(where) for piece in after))
-                plain = plain and taus.dtype == torch.float32
-                yield where, w0, taus
-            if plain:
-                self._plain.add(name)
+            return
+        plain, cut, read = True, self.cuts(base), self._reader(name, base)
+        for where in self._places(base):
+            w0, taus = self._widened(name, read(where))
+            plain = plain and taus.dtype == torch.float32
+            yield where, w0, taus
+        if plain and cut:
+            self._plain.add(name)
+
+    def _reader(self, name: str, base: Tensor) -> Callable[[slice], Iterator[Staged]]:
+        """What gives the entries of base and experts that a slice asks for, whole tensors where they are not cut."""
+        if self.staging:
+            for t, expert in enumerate(self.experts):
+                found = on_disk(expert, name)
+                _require_like(name, base, _outline(*found) if found else expert[name], t)
+            staging, cut = self.staging, self.cuts(base)
+            return lambda where: iter(staging.take(name, where if cut else None))
+        if not self.cuts(base):
+            return lambda where: (self._known(name, raw) for raw in (base, *self._of_experts(name, base)))
+        before = self._pieces_of(self.base, name, base) if base.is_meta else base.reshape(-1).__getitem__
+        readers = [before, *(self._pieces_of(expert, name, base, t) for t, expert in enumerate(self.experts))]
+        return lambda where: (self._known(name, read(where)) for read in readers)
+
+    def _known(self, name: str, raw: Tensor) -> Staged:
+        """A tensor on the device, with its extreme, which of one that was seen before is not looked for again."""
+        return Staged(raw.to(self.device), 0.0 if name in self._plain else largest(raw))
 
     def _pieces_of(self, model: Tensors, name: str, base: Tensor, t: int = 0) -> Callable[[slice], Tensor]:
         """What gives the entries of a flattened tensor that a slice asks for; from disk, reads no others."""
@@ -94,6 +123,27 @@ class Inputs:
         raw = model[name].detach()
         _require_like(name, base, raw, t)
         return raw.reshape(-1).__getitem__
+
+    @contextlib.contextmanager
+    def staged(self, names: Iterable[str]) -> Iterator[None]:
+        """Read the parts of these tensors ahead, in this order, where the device computes meanwhile."""
+        order, models = list(names), (self.base, *self.experts)
+        if not apart(self.device) or not all_on_disk(models, order):
+            yield
+            return
+        outlines = {name: _outline(*found) for name in order if (found := on_disk(self.base, name))}
+        wanted = (
+            (name, where if self.cuts(base) else None)
+            for name, base in outlines.items()
+            if base.is_floating_point()
+            for where in self._places(base)
+        )
+        self.staging = Staging(models, wanted, self.device)
+        try:
+            yield
+        finally:
+            self.staging.close()
+            self.staging = None
 
     def read(self, name: str) -> tuple[Tensor, Tensor, Tensor] | Tensor:
         """(stored, w0 (*shape), taus (T, *shape)) of a whole tensor, or the base's alone where there is no entry to
@@ -109,13 +159,12 @@ class Inputs:
             _require_like(name, base, raw, t)
             yield raw
 
-    def _widened(self, name: str, base: Tensor, experts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """w0 (*shape) and taus (T, *shape) on the device, checked for NaN and Inf."""
-        known = name in self._plain
-        w0 = _widen(base.to(self.device), f"{name} of the base", known)
+    def _widened(self, name: str, raws: Iterator[Staged]) -> tuple[Tensor, Tensor]:
+        """w0 (*shape) and taus (T, *shape) of base and experts, checked for NaN and Inf."""
+        w0 = _widen(next(raws), f"{name} of the base")
         taus = w0.new_empty(len(self.experts), *w0.shape)  # (T, *shape)
-        for t, raw in enumerate(experts):
-            wt = _widen(raw.to(self.device), f"{name} of experts[{t}]", known)
+        for t, raw in enumerate(raws):
+            wt = _widen(raw, f"{name} of experts[{t}]")
             if wt.dtype != taus.dtype:
                 w0, wt, taus = w0.double(), wt.double(), taus.double()
             torch.sub(wt, w0, out=taus[t])
@@ -130,10 +179,11 @@ class Inputs:
         """One scan, as (name, what `stored` gives) of every tensor."""
         self.scans += 1
         phase = f"scan {self.scans}"
-        for done, name in enumerate(self.base, 1):
-            yield name, self.stored(name)
-            if self.progress:
-                self.progress(phase, done, len(self.base))
+        with self.staged(self.base):
+            for done, name in enumerate(self.base, 1):
+                yield name, self.stored(name)
+                if self.progress:
+                    self.progress(phase, done, len(self.base))
 
 
 def _outline(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -144,31 +194,38 @@ def _outline(checkpoint: Checkpoint, name: str) -> Tensor:
 
 @dataclass
 class _Ahead:
-    """The entries of a flattened tensor on disk that a slice asks for, read `AHEAD` pieces at once."""
+    """The entries of a flattened tensor on disk that a slice asks for, read `AHEAD` pieces at once.
+
+    What is narrower than float32 is read into the same memory again and again, which stays in the processor's cache: it
+    is copied when it is widened.
+    """
 
     checkpoint: Checkpoint
     name: str
     size: int
     start: int = 0
-    block: Tensor = field(default_factory=lambda: torch.empty(0))
+    block: Tensor = field(default_factory=lambda: torch.empty(0))  # what was read last
+    memory: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __call__(self, where: slice) -> Tensor:
         if not self.start <= where.start < where.stop <= self.start + self.block.numel():
             stop = min(max(where.stop, where.start + AHEAD * PIECE), self.size)
-            self.start, self.block = where.start, self.checkpoint.piece(self.name, where.start, stop)
+            self.start, self.block = where.start, self._room(stop - where.start)
+            self.checkpoint.fill(self.name, where.start, self.block)
         return self.block[where.start - self.start : where.stop - self.start]
 
+    def _room(self, count: int) -> Tensor:
+        dtype = self.checkpoint.info(self.name).dtype
+        if self.memory.dtype != dtype or len(self.memory) < count or dtype.itemsize > 2:
+            self.memory = torch.empty(count, dtype=dtype)
+        return self.memory[:count]
 
-def _widen(tensor: Tensor, label: str, known: bool = False) -> Tensor:
-    """The tensor in the dtype its arithmetic is done in; `MergeError` naming ``label`` where it holds NaN or Inf.
 
-    ``known``: it was looked at before, and is neither that nor `LARGE`.
-    """
+def _widen(raw: Staged, label: str) -> Tensor:
+    """The tensor in the dtype its arithmetic is done in; `MergeError` naming ``label`` where it holds NaN or Inf."""
+    tensor, extreme = raw
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    if known or not wide.numel():
-        return wide
-    extreme = max(abs(float(x)) for x in torch.aminmax(tensor))  # faster over the bytes as stored
-    if not extreme < math.inf:
+    if not math.isfinite(extreme):
         require_finite(label, wide)
     return wide.double() if extreme > LARGE else wide
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import MergeError
 from ..groups import depth_of, relative_depths
-from ..linalg import require_finite
+from ..linalg import largest, require_finite
 from ..notation import StateDict, Tensors
 from .anchor import NEEDS, Anchor, Context, KnobValue, Whole, matrix_shape, weighted_mean
 from .inputs import Inputs, Progress, first_names, require_agreement, shared_storage
@@ -31,11 +31,11 @@ def narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _store(result: Tensor, into: Tensor, label: str) -> None:
     """Copy a merged piece (*shape) ``into`` its place (n,) as `narrow` would; `MergeError` for NaN and Inf."""
-    low, high = (float(x) for x in torch.aminmax(result))
-    if not (math.isfinite(low) and math.isfinite(high)):
+    extreme = largest(result)
+    if not math.isfinite(extreme):
         require_finite(label, result)
     limit = torch.finfo(into.dtype).max
-    into.copy_((result.clamp(-limit, limit) if max(-low, high) > limit else result).reshape(-1))
+    into.copy_((result.clamp(-limit, limit) if extreme > limit else result).reshape(-1))
 
 
 def checked_weights(anchor: Anchor, given: Sequence[float] | None, experts: int) -> Tensor:
@@ -249,18 +249,19 @@ def _run(job: Job, base: Tensors, tied: dict[str, str], left_out: frozenset[str]
     factor = _depth_factor(job, depths, state)
     shared: dict[str, Tensor] = {}
     targets = set(tied.values())
-    for done, name in enumerate(base, 1):
-        if name in left_out:
-            continue
-        if name in tied:
-            merged = shared[tied[name]]
-        else:
-            merged = job.merged(name, inputs.stored(name), depths[name], job.scale * factor(name), state)
-            if name in targets:
-                shared[name] = merged
-        yield name, merged
-        if inputs.progress:
-            inputs.progress("merge", done, len(base))
+    with inputs.staged(name for name in base if name not in left_out and name not in tied):
+        for done, name in enumerate(base, 1):
+            if name in left_out:
+                continue
+            if name in tied:
+                merged = shared[tied[name]]
+            else:
+                merged = job.merged(name, inputs.stored(name), depths[name], job.scale * factor(name), state)
+                if name in targets:
+                    shared[name] = merged
+            yield name, merged
+            if inputs.progress:
+                inputs.progress("merge", done, len(base))
 
 
 def _depth_factor(job: Job, depths: Mapping[str, float], state: Any) -> Callable[[str], float]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from .anchor import Context, TaskVectors, Whole, scaled
+from .anchor import Context, TaskVectors, Whole, scaled, total
 from .selection import order_statistics
 
 
@@ -108,16 +108,8 @@ def join_agreeing(kept: Tensor, elected: Tensor, weights: Tensor, mean: bool) ->
     """
     elected = elected.to(kept.dtype)
     along = (kept * elected).clamp_(min=0)  # (T, *shape), the sizes of the entries that agree
-    total = _sum(along)  # (*shape); of one sign, so that no digit cancels
+    together = total(along)  # (*shape); of one sign, so that no digit cancels
     if mean:
-        count = _sum(scaled(along.sign_(), weights.abs()))  # (*shape)
-        total /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # where nothing agrees the total is 0
-    return total.mul_(elected)
-
-
-def _sum(taus: Tensor) -> Tensor:
-    """Sum over tasks (*shape), by adding whole tensors: a reduction over the first dimension is slower."""
-    total = taus[0].clone()
-    for tau in taus[1:]:
-        total += tau
-    return total
+        count = total(scaled(along.sign_(), weights.abs()))  # (*shape)
+        together /= count.clamp_(min=torch.finfo(count.dtype).tiny)  # where nothing agrees the total is 0
+    return together.mul_(elected)

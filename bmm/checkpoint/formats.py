@@ -79,6 +79,10 @@ class TensorFile(Protocol):
         """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), else as `read`."""
         ...
 
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """The flattened tensor from entry ``start`` on, into all of ``out`` (n,), of its dtype and on the CPU."""
+        ...
+
 
 @dataclass(frozen=True)
 class FileStamp:

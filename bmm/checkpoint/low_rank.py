@@ -198,3 +198,6 @@ class AdaptedFile:
 
     def read_piece(self, name: str, start: int, stop: int) -> Tensor:
         return self.changes[name].piece(start, stop)
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self.changes[name].piece(start, start + len(out)))

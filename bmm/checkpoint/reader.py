@@ -44,6 +44,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """Entries ``start`` to ``stop`` of the flattened tensor, (stop - start,), reading no others."""
         return self.holder(name).read_piece(name, start, stop)
 
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """`piece` from ``start`` on, into the memory of ``out`` (n,)."""
+        self.holder(name).fill(name, start, out)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

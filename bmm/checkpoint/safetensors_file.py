@@ -50,19 +50,21 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Tensor:
         info = self.infos[name]
-        return self._fill(name, torch.empty(info.shape, dtype=info.dtype), 0)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.fill(name, 0, tensor)
+        return tensor
 
     def read_piece(self, name: str, start: int, stop: int) -> Tensor:
         tensor = torch.empty(stop - start, dtype=self.infos[name].dtype)
-        return self._fill(name, tensor, start * tensor.itemsize)
+        self.fill(name, start, tensor)
+        return tensor
 
-    def _fill(self, name: str, tensor: Tensor, offset: int) -> Tensor:
-        """Read the bytes of ``name`` from ``offset`` on into ``tensor``, all of it."""
-        memory, position = as_bytes(tensor), 0
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        memory, position = as_bytes(out), 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 self._stamp.check(self.path, file.fileno())
-                file.seek(self._starts[name] + offset)
+                file.seek(self._starts[name] + start * out.itemsize)
                 while position < len(memory):  # one call reads 2 GiB at most
                     count = file.readinto(memory[position:])
                     if not count:
@@ -72,7 +74,6 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read ({reason(error)})", "restore the file and start again"
             ) from None
-        return tensor
 
     def _header(self) -> tuple[dict[str, Any], int]:
         """The header and the offset at which the tensors' bytes begin."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import WriteError
 from .atomic import FINISHED, sync, writing
+from .behind import WINDOW, WriteBehind
 from .formats import SUPPORTED, TensorInfo, as_bytes, reason
 
 INDEX = "model.safetensors.index.json"
@@ -36,6 +37,7 @@ class Shard:
     size: int
     missing: set[str]
     descriptor: int | None = None
+    behind: WriteBehind | None = None
 
     @classmethod
     def plan(cls, infos: Mapping[str, TensorInfo]) -> Shard:
@@ -49,6 +51,15 @@ class Shard:
         raw += b" " * (-len(raw) % 8)
         header = len(raw).to_bytes(8, "little") + raw
         return cls(header, {n: len(header) + k for n, k in offsets.items()}, len(header) + position, set(infos))
+
+    def write(self, content: memoryview, offset: int) -> None:
+        """All of ``content`` to its place in the open file."""
+        assert self.descriptor is not None
+        assert self.behind is not None
+        while content:
+            count = os.pwrite(self.descriptor, content[:WINDOW], offset)
+            self.behind.wrote(offset, count)
+            content, offset = content[count:], offset + count
 
 
 @dataclass
@@ -160,8 +171,9 @@ class Shards:
         with writing(self.target):
             if shard.descriptor is None:
                 shard.descriptor = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-                _write_at(shard.descriptor, memoryview(shard.header), 0)
-            _write_at(shard.descriptor, as_bytes(tensor), shard.offsets[name])
+                shard.behind = WriteBehind(shard.descriptor, shard.size)
+                shard.write(memoryview(shard.header), 0)
+            shard.write(as_bytes(tensor), shard.offsets[name])
             self._written.add(name)
             shard.missing.discard(name)
             if not shard.missing:
@@ -222,9 +234,3 @@ def _is(path: Path, shard: Shard) -> bool:
             return file.read(len(shard.header)) == shard.header and path.stat().st_size == shard.size
     except OSError:
         return False
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    while content:
-        count = os.pwrite(descriptor, content[: 1 << 30], offset)
-        content, offset = content[count:], offset + count

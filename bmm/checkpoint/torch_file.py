@@ -49,6 +49,10 @@ class TorchFile:
         self._stamp.check(self.path)
         return self._tensors[name].reshape(-1)[start:stop].clone()
 
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        self._stamp.check(self.path)
+        out.copy_(self._tensors[name].reshape(-1)[start : start + len(out)])
+
     def _check_archive(self) -> None:
         try:
             with open(self.path, "rb") as file:

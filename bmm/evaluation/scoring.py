@@ -109,15 +109,16 @@ def score_tasks(
     scores = []
     with swapped(model, tensors, device), torch.inference_mode():
         for task in tasks:
-            total, count = 0.0, 0
+            total: Tensor | float = 0.0  # on the device until the task is done: no batch waits for another
+            count = 0
             for inputs, targets in task.batches(split):
                 with torch.autocast(kind, dtype, enabled=dtype is not None):
                     per_input = _score_batch(model, task, to_device(inputs, device), to_device(targets, device))
-                total += float(per_input.sum())
+                total = total + per_input.sum()
                 if each:
                     each(task.name, per_input)
                 count += len(targets)
-            scores.append(Score(task.name, total / count, count))
+            scores.append(Score(task.name, float(total) / count, count))
             if progress:
                 progress(task.name)
     return scores

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from ..errors import GramError
+from ..linalg import all_finite
 
 FLOAT64_LIMIT = 4096
 """Largest dimension accumulated in float64 on the CPU: beyond it a Gram would need over 128 MiB."""
 
-CHUNK_ROWS = 16384
+CHUNK_ROWS = 2048
 """Rows widened at a time, so that an update's extra memory does not grow with the batch."""
+
+PANEL = 384
+"""Rows of the Gram that are added to at a time, each from its diagonal on: what lies below is never computed."""
 
 
 def gram_dtype(dim: int, device: torch.device | str = "cpu") -> torch.dtype:
@@ -39,7 +43,8 @@ class GramAccumulator:
         self.count = 0
         side = dim + homogeneous
         with torch.inference_mode(False):  # a sum born in inference mode could not grow outside it
-            self._sum = torch.zeros(side, side, dtype=dtype or gram_dtype(dim, device), device=device)  # (i, i)
+            # (i, i), of which the part below the panels' diagonal blocks stays 0
+            self._sum = torch.zeros(side, side, dtype=dtype or gram_dtype(dim, device), device=device)
 
     def update(self, x: Tensor) -> None:
         """Add a batch (..., dim); any leading shape, any floating dtype. Raises `GramError` for another last size."""
@@ -49,10 +54,12 @@ class GramAccumulator:
         # autocast would quietly compute a float32 product in bfloat16
         with torch.no_grad(), torch.autocast(self._sum.device.type, enabled=False):
             for chunk in rows.split(CHUNK_ROWS):
-                wide = chunk.to(self._sum)  # (n, i)
-                if self.homogeneous:
-                    wide = torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)  # (n, i + 1)
-                self._sum.addmm_(wide.mT, wide)
+                wide = self._sum.new_empty(len(chunk), len(self._sum))  # (n, i) or (n, i + 1)
+                wide[:, : self.dim] = chunk
+                wide[:, self.dim :] = 1
+                for start in range(0, len(self._sum), PANEL):
+                    panel = slice(start, min(start + PANEL, len(self._sum)))
+                    self._sum[panel, start:].addmm_(wide[:, panel].mT, wide[:, start:])
         self.count += len(rows)
 
     def add(self, other: GramAccumulator) -> None:
@@ -73,7 +80,14 @@ class GramAccumulator:
 
         Raises `GramError` where an input was NaN, infinite, or so large that its square overflowed.
         """
-        gram = self._sum / max(self.count, 1)  # (i, i)
-        if not bool(torch.isfinite(gram).all()):
+        return self.copy().finish()
+
+    def finish(self) -> Tensor:
+        """`gram`, in the memory of the sum: nothing can be added to it any more."""
+        gram = self._sum.div_(max(self.count, 1))  # (i, i)
+        for start in range(PANEL, len(gram), PANEL):
+            panel = slice(start - PANEL, start)
+            gram[start:, panel] = gram[panel, start:].mT
+        if not all_finite(gram):
             raise GramError("a Gram holds non-finite values", "look for NaN or overflow in the calibration inputs")
         return gram

@@ -7,6 +7,7 @@ read the very same tensor (q, k and v) are reduced once. All tokens count but pa
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -143,25 +144,30 @@ class _Recorder:
             return
         self.order.setdefault(site)
         mask = self.padding.mask_for(site.names[0]) if site.patch is None else None
+        group = self.group_of.get(site)
+        if group is not None and len(group.members) == 1 and site not in self._reads:
+            self._update(group.total, site, x, mask)  # no one to agree with
+            return
         key = (self._identify(x), site.patch, site.homogeneous, id(mask))
         if key not in self._fresh:
-            gram = GramAccumulator(site.dim, site.homogeneous, device=self.device or x.device)
-            turned = mask is not None and any(getattr(m, "batch_first", True) is False for m, _ in site.taps)
-            mask = mask.mT if mask is not None and turned else mask
-            try:
-                for rows in [without_padding(x, mask)] if site.patch is None else site.patch.rows(x):
-                    gram.update(rows)
-            except GramError as error:
-                raise GramError(f"{site.names[0]}: {error.message}", error.hint) from error
-            self._fresh[key] = gram
+            gram = self._fresh[key] = GramAccumulator(site.dim, site.homogeneous, device=self.device or x.device)
+            self._update(gram, site, x, mask)
         self._reads.setdefault(site, []).append(_Read(key, self._fresh[key]))
-        group = self.group_of.get(site)
         if group is not None and all(self._reads.get(m) == self._reads[site] for m in group.members):
             for read in self._reads[site]:
                 group.total.add(read.gram)
                 self._fresh.pop(read.key, None)
             for member in group.members:
                 del self._reads[member]
+
+    def _update(self, gram: GramAccumulator, site: Site, x: Tensor, mask: Tensor | None) -> None:
+        if mask is not None and any(getattr(m, "batch_first", True) is False for m, _ in site.taps):
+            mask = mask.mT
+        try:
+            for rows in [without_padding(x, mask)] if site.patch is None else site.patch.rows(x):
+                gram.update(rows)
+        except GramError as error:
+            raise GramError(f"{site.names[0]}: {error.message}", error.hint) from error
 
     def read_norm(self, site: NormSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A norm is about to run; it runs itself for its Gram, unheard."""
@@ -176,17 +182,19 @@ class _Recorder:
         """A weight turns out to have no Gram."""
         self.failed[site] = reason
         self._reads.pop(site, None)
-        group = self.group_of.pop(site, None)
-        if group is not None:
+        if (group := self.group_of.pop(site, None)) is not None:
             group.members.remove(site)
 
     def end_forward(self) -> None:
         """Settle what this forward left open, and forget its tensors."""
         self._fresh.clear()
         self._seen.clear()
-        newcomers = [site for site in self._reads if site not in self.group_of]
-        for sites in self._alike(newcomers):
-            self._regroup(sites, None)
+        newcomers = self._alike([site for site in self._reads if site not in self.group_of])
+        readers = [*(sites[0] for sites in newcomers), *(site for site in self._reads if site in self.group_of)]
+        holders = Counter(id(read.gram) for site in readers for read in self._reads[site])
+        for sites in newcomers:
+            first = self._reads[sites[0]].pop(0).gram
+            self._regroup(sites, first, alone=holders[id(first)] == 1)
         for group in {id(g): g for s, g in self.group_of.items() if s in self._reads}.values():
             for sites in self._alike(group.members):
                 self._regroup(sites, group.total)
@@ -199,10 +207,10 @@ class _Recorder:
             classes.setdefault(tuple(read.key for read in self._reads.get(site, [])), []).append(site)
         return list(classes.values())
 
-    def _regroup(self, sites: list[Site], before: GramAccumulator | None) -> None:
-        reads = self._reads.get(sites[0], [])
-        total = (before if before is not None else reads[0].gram).copy()
-        for read in reads[1:] if before is None else reads:
+    def _regroup(self, sites: list[Site], before: GramAccumulator, alone: bool = False) -> None:
+        """A group of what has read alike: the sum ``before``, which no one else needs where ``alone``, and the rest."""
+        total = before if alone else before.copy()
+        for read in self._reads.get(sites[0], []):
             total.add(read.gram)
         group = _Group(sites, total)
         for site in sites:
@@ -312,15 +320,14 @@ def _result(sites: list[Site], skipped: dict[str, str], recorder: _Recorder) -> 
     out = TaskGrams(grams=grams, skipped=dict(skipped))
     key_of_group: dict[int, str] = {}
     for site in sites:
-        group = recorder.group_of.get(site)
-        if group is None or group.total.count == 0:
+        if (group := recorder.group_of.get(site)) is None or group.total.count == 0:
             reason = recorder.failed.get(site, "its module never ran on the calibration inputs")
             out.skipped.update(dict.fromkeys(site.names, reason))
             continue
         if id(group) not in key_of_group:
             key = key_of_group[id(group)] = site.names[0]
             try:
-                grams[key] = group.total.gram().cpu()
+                grams[key] = group.total.finish().cpu()
             except GramError as error:
                 raise GramError(f"{key}: {error.message}", error.hint) from error
             out.count[key], out.has_bias[key] = group.total.count, site.homogeneous

@@ -51,7 +51,7 @@ class Spectrum:
     @cached_property
     def rows32(self) -> Tensor:
         """The basis as float32 rows (r, i), one copy for all modules that share it."""
-        return self.basis.mT.float().contiguous()
+        return self.basis.float().contiguous().mT
 
 
 def decompose(

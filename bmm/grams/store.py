@@ -29,7 +29,7 @@ from ..errors import CheckpointError, GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
 
 Found = TypeVar("Found")

@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 from bmm.errors import StudyError
 from bmm.records import Candidate, Choice, Trial
 from bmm.search.goal import Goal
-from bmm.search.prior import prior_of
 from bmm.search.space import Space
 from bmm.search.stopping import order_of_tasks
 from bmm.search.study import best
-from bmm.search.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 Measure = Callable[[Trial, Sequence[str]], Mapping[str, Array]]
@@ -47,6 +45,9 @@ def corrections(trials: Sequence[Trial], space: Space, method: str) -> dict[int,
     if method == "observed" or len(done) < 3:
         return {t.number: 0.0 for t in done}
     x = np.array([space.to_unit(space.point_of(t.hyperparameters)) for t in done])  # (n, d)
+    from bmm.search.prior import prior_of  # these need scipy, and a merge does without
+    from bmm.search.surrogate import Surrogate
+
     moved = Surrogate(x, y, prior=prior_of(space)).mean(x) - y  # (n,)
     return {t.number: float(value) for t, value in zip(done, moved, strict=True)}
 

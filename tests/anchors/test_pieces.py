@@ -1,10 +1,13 @@
 """Large tensors of elementwise methods are merged in flat pieces: alike from memory and from disk, and like a whole."""
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bmm.anchors import ANCHORS, dare, inputs, merge, streaming
+from bmm.anchors.anchor import total
 from bmm.anchors.dare import drop_and_rescale
 from bmm.checkpoint import open_checkpoint
 from bmm.checkpoint.agreement import TiedView
@@ -162,3 +165,28 @@ def test_threads_are_given_back(small_pieces, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("shape", [(40,), (6, 5)])
+def test_the_sum_over_tasks_takes_one_after_the_other(count, shape):
+    taus = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
+    before = taus.clone()
+    found = total(taus)
+    assert torch.equal(found, functools.reduce(torch.add, taus))  # alike however a tensor is cut, unlike `sum`
+    torch.testing.assert_close(found, taus.sum(0))
+    found += 1
+    assert torch.equal(taus, before)  # the result is not a part of the input
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_filling_is_reading_a_piece(tmp_path, suffix):
+    base, _ = family(1, dtype=torch.bfloat16)
+    opened = open_checkpoint(on_disk(tmp_path, [base], suffix)[0])
+    for name, tensor in base.items():
+        flat = tensor.reshape(-1)
+        for start, stop in ((0, len(flat)), (len(flat) // 3, len(flat) // 2), (len(flat), len(flat))):
+            out = torch.empty(stop - start, dtype=tensor.dtype)
+            opened.fill(name, start, out)
+            assert torch.equal(out, flat[start:stop])
+            assert torch.equal(opened.piece(name, start, stop), out)

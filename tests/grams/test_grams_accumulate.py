@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmm.errors import GramError
-from bmm.grams import GramAccumulator
+from bmm.grams import GramAccumulator, accumulate
 from bmm.grams.accumulate import CHUNK_ROWS, gram_dtype
 
 
@@ -107,3 +107,19 @@ def test_nan_and_overflow_are_reported(value):
     accumulator.update(torch.tensor([[1.0, value]], dtype=torch.float64))
     with pytest.raises(GramError, match="non-finite"):
         accumulator.gram()
+
+
+@pytest.mark.parametrize("panel", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("homogeneous", [False, True])
+def test_panels_make_the_whole_matrix(panel, homogeneous, monkeypatch):
+    monkeypatch.setattr(accumulate, "PANEL", panel)
+    monkeypatch.setattr(accumulate, "CHUNK_ROWS", 4)
+    accumulator, other = GramAccumulator(6, homogeneous), GramAccumulator(6, homogeneous)
+    x = inputs(11, 6, dtype=torch.float64)
+    accumulator.update(x[:7])
+    other.update(x[7:])
+    accumulator.add(other)
+    rows = torch.cat([x, x.new_ones(11, 1)], 1) if homogeneous else x
+    for gram in (accumulator.gram(), accumulator.gram(), accumulator.finish()):  # the first two leave the sum alone
+        torch.testing.assert_close(gram, rows.T @ rows / 11, rtol=1e-12, atol=1e-12)
+        assert torch.equal(gram, gram.T)

@@ -173,13 +173,15 @@ PLANS = {
     "missing": [[("a", "x"), ("b", "x"), ("c", "x")], [("a", "x"), ("c", "x")], [("c", "x"), ("a", "x"), ("b", "x")]],
     "appearing": [[("a", "x")], [("a", "x"), ("b", "x"), ("c", "x")], [("b", "other"), ("c", "other")]],
     "repeated": [[("a", "x"), ("b", "x"), ("a", "x"), ("b", "x")], [("b", "x"), ("a", "x")]],
+    "longer": [[("a", "x"), ("b", "x"), ("b", "other")], [("a", "x"), ("b", "other")], [("a", "x"), ("b", "x")]],
+    "joining": [[("a", "x"), ("b", "x")], [("a", "x"), ("c", "x"), ("c", "other")], [("c", "x")]],
     "crossed": [[("a", "x"), ("b", "other"), ("a", "other"), ("b", "x")]] * 2,
 }
 
 
 SHARED = {
     "always": [{"a", "b"}], "first only": [], "partly": [], "late": [], "missing": [{"a", "c"}],
-    "appearing": [{"b", "c"}], "repeated": [{"a", "b"}], "crossed": [],
+    "appearing": [{"b", "c"}], "repeated": [{"a", "b"}], "longer": [], "joining": [], "crossed": [],
 }  # fmt: skip
 
 
