@@ -40,9 +40,10 @@ class Shard:
     behind: WriteBehind | None = None
 
     @classmethod
-    def plan(cls, infos: Mapping[str, TensorInfo]) -> Shard:
+    def plan(cls, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> Shard:
         """Lays tensors out as the safetensors library does: wide dtypes first, so that all are aligned, by name."""
-        position, entries, offsets = 0, dict[str, object](__metadata__={"format": "pt"}), dict[str, int]()
+        position, offsets = 0, dict[str, int]()
+        entries: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
         for name in sorted(infos, key=lambda n: (-infos[n].dtype.itemsize, n)):
             info, end = infos[name], position + infos[name].nbytes
             entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}

@@ -20,23 +20,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from ..checkpoint.formats import TensorInfo, as_bytes
 from ..checkpoint.safetensors_file import SafetensorsFile
+from ..checkpoint.shards import Shard
 from ..errors import CheckpointError, GramError, WriteError
 from ..notation import Tensors
 from .task_grams import TaskGrams
+from .triangle import packed, unpacked
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raise whenever the way Grams are computed or stored changes: older caches are then rebuilt."""
 
 Found = TypeVar("Found")
 
 
 _TENSORS = ("grams", "norms")
-"""The fields of `TaskGrams` that hold tensors: each is written under the field's name and a slash."""
+"""The fields of `TaskGrams` that hold tensors, each written under the field's name and a slash; Grams as triangles."""
 
 
 def fingerprint(weights_fingerprint: str, inputs: Iterable[Tensor], settings: dict[str, Any]) -> str:
@@ -115,25 +117,26 @@ class TensorStore:
         return self.folder / f"{fingerprint}.safetensors"
 
     def write(self, fingerprint: str, stored: Mapping[str, Tensor], body: str = "{}") -> Path:
-        """Write tensors and a text, replacing what is there in one step. Raises `WriteError` where that fails."""
+        """Write tensors and a text, replacing what is there in one step. Raises `WriteError` where that fails.
+
+        Tensors are asked for twice, one at a time: for the checksum, which comes first in the file, and to be written.
+        """
         path = self.path(fingerprint)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in stored.items()}
-        metadata = {
-            "version": str(CODE_VERSION),
-            "fingerprint": fingerprint,
-            "sha256": _checksum(fingerprint, body, tensors),
-            "body": body,
-        }
+        checksum, infos = _checked(fingerprint, body, stored)
+        metadata = {"version": str(CODE_VERSION), "fingerprint": fingerprint, "sha256": checksum, "body": body}
+        plan = Shard.plan(infos, metadata)
         temporary = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=f".{fingerprint[:16]}-", suffix=".part", dir=self.folder)
-            os.close(handle)
-            save_file(tensors, temporary, metadata)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())  # the name must never outlive the content
+            with open(handle, "wb") as file:
+                file.write(plan.header)
+                for key in plan.offsets:  # in the order of their places
+                    file.write(as_bytes(stored[key].detach().cpu().contiguous()))
+                file.flush()
+                os.fsync(file.fileno())  # the name must never outlive the content
             os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise WriteError(
                 f"cannot write {self.what}s to {path}: {error}", "free some space or choose another folder"
             ) from error
@@ -165,8 +168,7 @@ class GramStore(TensorStore):
     def save(self, fingerprint: str, grams: TaskGrams) -> Path:
         """Write the Grams, replacing what is there in one step. Raises `WriteError` where that fails."""
         body = json.dumps({f.name: getattr(grams, f.name) for f in fields(TaskGrams) if f.name not in _TENSORS})
-        tensors = {f"{kind}/{key}": gram for kind in _TENSORS for key, gram in getattr(grams, kind).items()}
-        return self.write(fingerprint, tensors, body)
+        return self.write(fingerprint, _Triangles(grams), body)
 
     def load(self, fingerprint: str) -> TaskGrams | None:
         """The Grams of a fingerprint, or None where there are none that can be trusted (see ``notices``).
@@ -181,21 +183,41 @@ class Untrusted(Exception):
     """Why a readable file is not used."""
 
 
-class _OnDisk(Mapping[str, Tensor]):
-    """The tensors of a file whose names begin with a prefix, each read when it is asked for."""
+class _Triangles(Mapping[str, Tensor]):
+    """What is written of Grams, by name; each triangle is made when it is asked for."""
 
-    def __init__(self, file: SafetensorsFile, prefix: str = "") -> None:
-        self._file, self._prefix = file, prefix
+    def __init__(self, grams: TaskGrams) -> None:
+        self._fields = {kind: getattr(grams, kind) for kind in _TENSORS}
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind, _, key = name.partition("/")
+        tensor: Tensor = self._fields[kind][key]
+        return packed(tensor.detach().cpu()) if kind == "grams" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{kind}/{key}" for kind, tensors in self._fields.items() for key in tensors)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._fields.values()))
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """The tensors of a file whose names begin with a prefix, each read, and made what it was, when it is asked for."""
+
+    def __init__(
+        self, file: SafetensorsFile, prefix: str = "", made: Callable[[Tensor], Tensor] = lambda stored: stored
+    ) -> None:
+        self._file, self._prefix, self._made = file, prefix, made
         self._names = [name.removeprefix(prefix) for name in file.infos if name.startswith(prefix)]
 
     def __getitem__(self, name: str) -> Tensor:
         if self._prefix + name not in self._file.infos:
             raise KeyError(name)
         try:
-            return self._file.read(self._prefix + name)
+            return self._made(self._file.read(self._prefix + name))
         except CheckpointError:  # another run may have written the same Grams a second time
             self._file = SafetensorsFile(self._file.path)
-            return self._file.read(self._prefix + name)
+            return self._made(self._file.read(self._prefix + name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -207,7 +229,7 @@ class _OnDisk(Mapping[str, Tensor]):
 def _read(path: Path, fingerprint: str) -> TaskGrams:
     file = SafetensorsFile(path)
     body = checked_body(path, fingerprint, _OnDisk(file))
-    found: dict[str, Any] = {kind: _OnDisk(file, f"{kind}/") for kind in _TENSORS}
+    found: dict[str, Any] = {"grams": _OnDisk(file, "grams/", unpacked), "norms": _OnDisk(file, "norms/")}
     return TaskGrams(**found, **json.loads(body))
 
 
@@ -222,17 +244,20 @@ def checked_body(path: Path, fingerprint: str, tensors: Tensors) -> str:
         raise Untrusted(f"stale (version {metadata.get('version')}, this is {CODE_VERSION})")
     if metadata.get("fingerprint") != fingerprint:
         raise Untrusted("stale (of other weights, inputs or settings)")
-    if metadata["sha256"] != _checksum(fingerprint, metadata["body"], tensors):
+    if metadata["sha256"] != _checked(fingerprint, metadata["body"], tensors)[0]:
         raise Untrusted("damaged (checksum)")
     return str(metadata["body"])
 
 
-def _checksum(fingerprint: str, body: str, tensors: Tensors) -> str:
-    digest = hashlib.sha256(json.dumps([CODE_VERSION, fingerprint, body]).encode())
+def _checked(fingerprint: str, body: str, tensors: Tensors) -> tuple[str, dict[str, TensorInfo]]:
+    """The checksum of all content, and each tensor's shape and dtype, read once."""
+    digest, infos = hashlib.sha256(json.dumps([CODE_VERSION, fingerprint, body]).encode()), dict[str, TensorInfo]()
     for key in sorted(tensors):
+        tensor = tensors[key]
         digest.update(json.dumps(key).encode())
-        _hash_tensor(digest, tensors[key])
-    return digest.hexdigest()
+        _hash_tensor(digest, tensor)
+        infos[key] = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    return digest.hexdigest(), infos
 
 
 def _hash_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
