@@ -22,8 +22,9 @@ def by_name(what: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
+            kind = "PATH" if "expert" in what else "VALUE"
             raise RecipeError(
-                f"{what} {name!r} is given twice, {found[name]} and {value}", "each name once: NAME=VALUE"
+                f"{what} {name!r} is given twice, {found[name]} and {value}", f"each name once: NAME={kind}"
             )
         found[name] = value
     return found

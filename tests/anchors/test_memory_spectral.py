@@ -1,5 +1,6 @@
 """Spectral merges: accuracy over falling spectra, and a peak of memory below three times the task vectors."""
 
+import os
 import subprocess
 import sys
 
@@ -109,6 +110,11 @@ print((peak() - before) / (4 * 8 * 256 * 8192))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", KNOBS)
 def test_peak_memory_is_below_three_times_the_task_vectors(name):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, timeout=300)
+    # Blocks of a mebibyte and more go back to the system at once: on glibc's heap they leave gaps, up to a third of the
+    # peak, that depend on where the system happened to put the heap.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert 0.5 < float(done.stdout) < 3

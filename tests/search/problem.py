@@ -58,7 +58,7 @@ def main(path, engine, budget, pause):
         return evaluate(hyperparameters)
 
     try:
-        database = StudyDatabase.create(path, {"recipe": "problem"})
+        database = StudyDatabase.create(path, {"recipe": {"anchor": "problem"}})
     except StudyError:
         database = StudyDatabase.open(path)
     with database:

@@ -203,7 +203,7 @@ def test_a_pareto_study_finds_a_larger_front_than_sobol(tmp_path):
     ideal = hypervolume(list(zip(np.exp(-2 * (u - 0.15) ** 2), np.exp(-2 * (u - 0.85) ** 2), strict=True)), (0.0, 0.0))
     for seed in range(2):
         assert areas["botorch", seed] > areas["sobol", seed] + 0.1 * ideal, (areas, ideal)
-        assert areas["botorch", seed] > 0.88 * ideal, (areas, ideal)
+        assert areas["botorch", seed] > 0.85 * ideal, (areas, ideal)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def alive(pid):
 
 def main(path, engine, budget, folder, pause):
     try:
-        database = StudyDatabase.create(path, {"recipe": "problem"})
+        database = StudyDatabase.create(path, {"recipe": {"anchor": "problem"}})
     except StudyError:
         database = StudyDatabase.open(path)
     with database, Processes(Bench(folder, pause), 2) as crew:
