@@ -117,8 +117,6 @@ def test_a_loser_is_stopped_after_few_tasks_and_a_winner_never():
 def study(path, engine="sobol", budget=30, **kwargs):
     made = {"recipe": {"anchor": "problem"}}
     opened = StudyDatabase.open(path) if path.exists() else StudyDatabase.create(path, made)
-        StudyDatabase.open(path) if path.exists() else StudyDatabase.create(path, {"recipe": {"anchor": "problem"}})
-    )
     read = []
 
     def lazily(point):

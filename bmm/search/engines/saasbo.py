@@ -36,6 +36,7 @@ class SaasboEngine(BotorchEngine):
         from botorch.fit import fit_fully_bayesian_model_nuts
         from botorch.models.fully_bayesian import SaasFullyBayesianSingleTaskGP
 
+        jax.clear_caches()  # of other numbers of rows: after some hundred the process may map no more memory
         standard, *_ = gp.standardised(np.array([row.objective for row in rows], dtype=np.float64))  # (n,)
         with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
             model = SaasFullyBayesianSingleTaskGP(torch.from_numpy(x), torch.from_numpy(standard)[:, None])
