@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import qmc
+from studied import run_of
 
-from bmm import zoo
-from bmm.recipe import Recipe
-from bmm.run import Run
 from bmm.search.space import Space
 from bmm.tuning import search_space
 
@@ -59,19 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    opened = zoo.find(args.zoo)
-    recipe = Recipe.from_dict(
-        {
-            "base": str(opened.base),
-            "experts": {k: str(v) for k, v in opened.experts.items()},
-            "anchor": args.anchor,
-            "grams": args.grams,
-            "groups": args.groups,
-            "bands": args.bands,
-            "autocast": "bfloat16",
-        }
-    )
-    run = Run(recipe, tasks=opened.tasks(), model=zoo.model)
+    run = run_of(args.zoo, anchor=args.anchor, grams=args.grams, groups=args.groups, bands=args.bands)
     reference = np.array([s.value for s in run.score_experts("validation")])  # (T,)
     counts = np.array([s.n for s in run.score_experts("validation")])  # (T,)
     prepared = run.prepare()

@@ -22,13 +22,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from studied import run_of
 from zoo import publish
 
-from bmm import zoo
-from bmm.recipe import Recipe
 from bmm.records import Hyperparameters
 from bmm.report import markdown
-from bmm.run import Run
 from bmm.tuning import search_space
 
 
@@ -51,18 +49,7 @@ class Judge:
 
     def __init__(self, name: str) -> None:
         table = TABLES[name]
-        opened = zoo.find(table.zoo)
-        recipe = Recipe.from_dict(
-            {
-                "base": str(opened.base),
-                "experts": {k: str(v) for k, v in opened.experts.items()},
-                "anchor": "tsv",
-                "grams": "hybrid",
-                "autocast": "bfloat16",
-                **table.settings,
-            }
-        )
-        self.run = Run(recipe, tasks=opened.tasks(), model=zoo.model)
+        self.run = run_of(table.zoo, anchor="tsv", grams="hybrid", **table.settings)
         self.prepared = self.run.prepare()
         self.space = search_space(self.run, self.prepared.groups)
         with np.load(Path(__file__).parent / "tables" / f"{name}.npz") as measured:

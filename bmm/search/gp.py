@@ -3,8 +3,8 @@
 What GPyTorch spends half a second on (50 rows, 12 parameters) takes some 30 ms here: at this size a fit is two hundred
 small Cholesky factorisations, and the cost is in the calls between them. The model is BoTorch's default one:
 squared-exponential kernel with a lengthscale for each input, of unit variance on standardised outcomes, constant mean,
-Gaussian noise. What is expected of lengthscales and noise is a `Prior`; without one it is that of Hvarfner et al.
-(arXiv 2402.02229), BoTorch's.
+Gaussian noise. What is expected of lengthscales is a `Prior`; without one it is that of Hvarfner et al.
+(arXiv 2402.02229), BoTorch's, as is what is expected of the noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 Array = NDArray[np.float64]
 
 _MIN_NOISE, _MIN_LENGTHSCALE = 1e-4, 2.5e-2
-_NOISE = (-4.0, 1.0)
+_NOISE = (-4.0, 1.0)  # log-normal density of the noise variance of standardised outcomes
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,25 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Prior:
-    """Log-normal densities of lengthscales and of the noise variance of standardised outcomes.
+    """A log-normal density of lengthscales.
 
     Attributes:
         location: Mean of the log lengthscales: (d,).
         scale: Their standard deviation.
-        noise: Mean and standard deviation of the log noise variance.
     """
 
     location: Array
     scale: float
-    noise: tuple[float, float]
 
     @classmethod
     def scaled(cls, d: int) -> Prior:
         """Says little, and expects lengthscales to grow with the root of the dimension: BoTorch's."""
-        return cls(np.full(d, math.sqrt(2) + 0.5 * math.log(d)), math.sqrt(3), _NOISE)
+        return cls(np.full(d, math.sqrt(2) + 0.5 * math.log(d)), math.sqrt(3))
 
     @classmethod
     def around(cls, lengthscales: Array, spread: float) -> Prior:
         """With its mode at ``lengthscales`` (d,); ``spread`` is the standard deviation of their logs."""
-        return cls(np.log(lengthscales) + spread**2, spread, _NOISE)
+        return cls(np.log(lengthscales) + spread**2, spread)
 
 
 def standardised(y: Array) -> tuple[Array, Array, Array]:
@@ -110,7 +108,7 @@ class Loss:
         gradient[:d] = -0.5 * inverse * (self.flat @ (weight * kernel).reshape(-1))
         gradient[d] = -0.5 * math.exp(log_noise) * np.trace(weight)
         gradient[d + 1] = -alpha.sum()
-        scale, (noise_location, noise_scale) = self.prior.scale, self.prior.noise
+        scale, (noise_location, noise_scale) = self.prior.scale, _NOISE
         shift, noise_shift = (logs - self.prior.location) / scale, (log_noise - noise_location) / noise_scale
         value += 0.5 * shift @ shift + logs.sum() + 0.5 * noise_shift**2 + log_noise
         gradient[:d] += shift / scale + 1
@@ -132,7 +130,7 @@ def fit(
         y: Standardised outcomes: (n,).
         variances: Known noise variances of the outcomes, added to the learned one: (n,).
         iterations: At most so many steps of L-BFGS.
-        prior: Of lengthscales and noise; `Prior.scaled` unless given.
+        prior: Of lengthscales; `Prior.scaled` unless given.
     """
     d = len(differences)
     lengthscale = max(0.5 * math.sqrt(d), _MIN_LENGTHSCALE)

@@ -151,9 +151,8 @@ def split(rows: list[Row], cap: int = 300, least: int = 60) -> tuple[dict[str, l
             kept.append((text, kind))
     classes = sorted(kind for kind, count in taken.items() if count >= least)
     kept = [(text, kind) for text, kind in kept if kind in classes]
-    random.Random(1).shuffle(
-        kept
-    )  # large classes reach the cap early: without this the last rows would have none of them
+    # Large classes reach the cap early: without another shuffle the last rows would have none of them.
+    random.Random(1).shuffle(kept)
     parts, start = {}, 0
     for name, size in SIZES.items():
         parts[name] = [{"text": text, "label": classes.index(kind)} for text, kind in kept[start : start + size]]

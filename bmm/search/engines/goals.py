@@ -102,7 +102,7 @@ def acquisition(goal: Goal, x: Array, rows: Sequence[Trial], pending: Any, *, pr
         goal: Any but the plain weighted mean.
         x: Unit points of the completed ``rows``: (n, d).
         pending: Unit points being evaluated, or failed: (p, d), or None.
-        prior: Of lengthscales and noise, the same for every outcome.
+        prior: Of lengthscales, the same for every outcome.
         seed: Of the scalarisation of many objectives.
     """
     import torch

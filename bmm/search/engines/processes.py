@@ -33,7 +33,7 @@ def processes_class() -> Any:
         Args:
             x: Inputs in the unit cube: (n, d).
             outcomes: One row of values an outcome: (m, n).
-            prior: Of lengthscales and noise; `bmm.search.gp.Prior.scaled` unless given.
+            prior: Of lengthscales; `bmm.search.gp.Prior.scaled` unless given.
         """
 
         def __init__(self, x: Array, outcomes: Array, prior: gp.Prior | None = None) -> None:
